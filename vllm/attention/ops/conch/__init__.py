@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""CONCH: attention over a paged KV cache, cache write and fp8 quantisation in Triton."""
+
+from .schedule import VarlenSchedule
+from .varlen_attention import varlen_attention
+
+__all__ = ["VarlenSchedule", "varlen_attention"]

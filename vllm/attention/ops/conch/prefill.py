@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Prefill: many query tokens per sequence, one program per tile of query rows.
+
+Portable Triton.  The tile of rows stays put while the keys stream past it
+(FlashAttention-2, Dao 2023).  Only the tiles at the diagonal, at the window's left
+edge and at the sequence's end are masked; those between run without a mask.
+"""
+
+from vllm.triton_utils import tl, triton
+
+from .softmax import log_sum_exp, normalize
+from .tile import attend_tiles, query_rows, row_offsets
+
+# One work item: sequence (or -1), tile of rows, query_start, query_len, seq_len.
+ITEM_FIELDS: tl.constexpr = tl.constexpr(8)
+
+
+@triton.jit
+def key_tile_bounds(
+    m_block,
+    query_len,
+    seq_len,
+    window,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):
+    """Which keys a tile of rows sees, and which tiles of keys need no mask.
+
+    Returns (first key, end key) and the tile indices first <= full_first <=
+    full_end <= end: tiles in [full_first, full_end) are seen whole by every row.
+    """
+    context = seq_len - query_len
+    first_position = context + (m_block * BLOCK_M) // GROUP
+    last_token = tl.minimum((m_block * BLOCK_M + BLOCK_M - 1) // GROUP, query_len - 1)
+    last_position = context + last_token
+    first_key = 0
+    end_key = seq_len
+    full_first_key = 0
+    full_end_key = seq_len
+    if CAUSAL:
+        end_key = tl.minimum(seq_len, last_position + 1)
+        full_end_key = tl.minimum(seq_len, first_position + 1)
+    if WINDOWED:
+        first_key = tl.maximum(first_position - window + 1, 0)
+        full_first_key = tl.maximum(last_position - window + 1, 0)
+        if not CAUSAL:
+            end_key = tl.minimum(seq_len, last_position + window)
+            full_end_key = tl.minimum(seq_len, first_position + window)
+    first = first_key // TILE
+    end = tl.maximum(tl.cdiv(tl.maximum(end_key, 0), TILE), first)
+    full_first = tl.minimum(tl.cdiv(full_first_key, TILE), end)
+    full_end = tl.maximum(tl.maximum(full_end_key, 0) // TILE, full_first)
+    return (first_key, end_key), first, full_first, tl.minimum(full_end, end), end
+
+
+@triton.jit(do_not_specialize=["window"])
+def prefill_kernel(
+    output_ptr,  # [num_tokens, num_query_heads, head_size]
+    lse_ptr,  # [num_tokens, num_query_heads] or None
+    query_ptr,  # [num_tokens, num_query_heads, head_size]
+    key_ptr,  # [num_blocks, block_size, num_kv_heads, head_size]
+    value_ptr,
+    block_table_ptr,  # [num_seqs, max_blocks]
+    items_ptr,  # [num_items, ITEM_FIELDS]
+    k_scale_ptr,  # [1] or None
+    v_scale_ptr,
+    output_strides,  # (token, head)
+    lse_stride,
+    query_strides,
+    key_strides,  # (page, slot, head)
+    value_strides,
+    block_table_stride,
+    scale,  # softmax scale in log2 units; with softcap: the cap in log2 units
+    cap_scale,  # softcap's inner scale
+    window,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    item = items_ptr + tl.program_id(1) * ITEM_FIELDS
+    sequence = tl.load(item)
+    if sequence < 0:
+        return
+    m_block = tl.load(item + 1)
+    query_start = tl.load(item + 2)
+    query_len = tl.load(item + 3)
+    seq_len = tl.load(item + 4)
+
+    token, group_head, row_valid = query_rows(m_block, query_len, GROUP, BLOCK_M)
+    head = kv_head * GROUP + group_head
+    dims = tl.arange(0, HEAD_PADDED)
+    dims_valid = row_valid[:, None] & (dims < HEAD_SIZE)[None, :]
+    offsets = row_offsets(query_start, token, head, query_strides, dims, HEAD_SIZE)
+    query = tl.load(query_ptr + offsets, mask=dims_valid, other=0.0)
+
+    if k_scale_ptr is not None:
+        k_scale = tl.load(k_scale_ptr)
+        if SOFTCAP:
+            cap_scale *= k_scale
+        else:
+            scale *= k_scale
+    v_scale = 1.0
+    if v_scale_ptr is not None:
+        v_scale = tl.load(v_scale_ptr)
+
+    keys_range, first, full_first, full_end, end = key_tile_bounds(
+        m_block, query_len, seq_len, window, GROUP, BLOCK_M, TILE, CAUSAL, WINDOWED
+    )
+    position = seq_len - query_len + token
+    block_row = block_table_ptr + sequence.to(tl.int64) * block_table_stride
+    key_ptr += kv_head.to(tl.int64) * key_strides[2]
+    value_ptr += kv_head.to(tl.int64) * value_strides[2]
+    state = (
+        tl.zeros([BLOCK_M, HEAD_PADDED], tl.float32),
+        tl.full([BLOCK_M], float("-inf"), tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+    )
+    # Left edge of the window, then whole tiles, then diagonal and end.
+    if WINDOWED:
+        state = attend_tiles(
+            state, query, position, key_ptr, value_ptr, key_strides, value_strides,
+            block_row, (first, full_first), keys_range, (scale, cap_scale), window,
+            CAUSAL, WINDOWED, SOFTCAP, True, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
+        )  # fmt: skip
+    state = attend_tiles(
+        state, query, position, key_ptr, value_ptr, key_strides, value_strides,
+        block_row, (full_first, full_end), keys_range, (scale, cap_scale), window,
+        CAUSAL, WINDOWED, SOFTCAP, False, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
+    )  # fmt: skip
+    acc, row_max, row_sum = attend_tiles(
+        state, query, position, key_ptr, value_ptr, key_strides, value_strides,
+        block_row, (full_end, end), keys_range, (scale, cap_scale), window,
+        CAUSAL, WINDOWED, SOFTCAP, True, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
+    )  # fmt: skip
+
+    out = normalize(acc, row_sum, v_scale).to(output_ptr.dtype.element_ty)
+    offsets = row_offsets(query_start, token, head, output_strides, dims, HEAD_SIZE)
+    tl.store(output_ptr + offsets, out, mask=dims_valid)
+    if lse_ptr is not None:
+        lse_row = (query_start + token).to(tl.int64) * lse_stride + head
+        tl.store(lse_ptr + lse_row, log_sum_exp(row_max, row_sum), mask=row_valid)

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Who works on what: one small kernel a step turns lengths into work lists.
+
+Lengths are read on the device, so a captured CUDA graph replays with other
+lengths: grids and buffers have fixed sizes, only the lists' contents change.
+"""
+
+import torch
+
+from vllm.triton_utils import tl, triton
+
+from .decode import SEQUENCE_FIELDS, WORKER_FIELDS, decode_key_tiles, decode_rows
+from .plan import (
+    MAX_DECODE_QUERY_LEN,
+    AttentionPlan,
+    Shape,
+    make_plan,
+    this_device,
+)
+from .prefill import ITEM_FIELDS
+
+# Workers and prefill items that one program of the schedule kernel fills in.
+LANES = 16
+MAX_SEQUENCES_AT_ONCE = 1024
+
+
+@triton.jit
+def load_lengths(query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK: tl.constexpr):
+    """query_start, query_len and seq_len, [BLOCK] each; 0 past the last sequence."""
+    sequence = start + tl.arange(0, BLOCK)
+    valid = sequence < num_seqs
+    query_start = tl.load(query_start_loc_ptr + sequence, mask=valid, other=0)
+    query_end = tl.load(query_start_loc_ptr + sequence + 1, mask=valid, other=0)
+    seq_len = tl.load(seq_lens_ptr + sequence, mask=valid, other=0)
+    return sequence, query_start, query_end - query_start, seq_len
+
+
+@triton.jit
+def pick(match, values):
+    """values [BLOCK] at the one match of each lane of match [LANES, BLOCK]; else 0."""
+    return tl.sum(tl.where(match, values[None, :], 0), 1)
+
+
+@triton.jit
+def decode_tiles(
+    query_len, seq_len, decode_query_len, window,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Tiles of a sequence on the decode line (0: not a decode), and tiles per row."""
+    is_decode = (query_len > 0) & (query_len <= decode_query_len)
+    _, _, row_tiles = decode_key_tiles(query_len, seq_len, window, TILE, WINDOWED)
+    tiles = row_tiles * decode_rows(query_len, NUM_KV_HEADS, GROUP, BLOCK_M)
+    return tl.where(is_decode, tiles, 0), row_tiles
+
+
+@triton.jit
+def schedule_decode(
+    query_start_loc_ptr, seq_lens_ptr, workers_ptr, sequences_ptr, arrivals_ptr,
+    num_seqs, decode_query_len, window, first_worker,
+    NUM_WORKERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Gives LANES workers their pieces; the first program also lists the sequences."""
+    total = 0
+    for start in range(0, num_seqs, BLOCK):
+        _, _, query_len, seq_len = load_lengths(
+            query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
+        )
+        tiles, _ = decode_tiles(
+            query_len, seq_len, decode_query_len, window,
+            NUM_KV_HEADS, GROUP, BLOCK_M, TILE, WINDOWED,
+        )  # fmt: skip
+        total += tl.sum(tiles)
+    tiles_per_worker = tl.maximum(tl.cdiv(total, NUM_WORKERS), 1)
+
+    worker = first_worker + tl.arange(0, LANES)
+    begin = worker * tiles_per_worker  # on the line of tiles
+    entry = tl.zeros([LANES], tl.int32)
+    within = tl.zeros([LANES], tl.int32)  # tiles between the sequence's start and begin
+    row_length = tl.full([LANES], 1, tl.int32)
+    line = 0
+    listed = 0
+    for start in range(0, num_seqs, BLOCK):
+        sequence, query_start, query_len, seq_len = load_lengths(
+            query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
+        )
+        tiles, row_tiles = decode_tiles(
+            query_len, seq_len, decode_query_len, window,
+            NUM_KV_HEADS, GROUP, BLOCK_M, TILE, WINDOWED,
+        )  # fmt: skip
+        end = line + tl.cumsum(tiles, 0)
+        is_decode = tiles > 0
+        index = listed + tl.cumsum(is_decode.to(tl.int32), 0) - 1
+        match = (begin[:, None] >= (end - tiles)[None, :]) & (begin[:, None] < end[None, :])
+        found = tl.sum(match.to(tl.int32), 1) > 0
+        entry = tl.where(found, pick(match, index), entry)
+        within = tl.where(found, begin - pick(match, end - tiles), within)
+        row_length = tl.where(found, pick(match, row_tiles), row_length)
+        if first_worker == 0:
+            record = sequences_ptr + index * SEQUENCE_FIELDS
+            tl.store(record, sequence, mask=is_decode)
+            tl.store(record + 1, query_start, mask=is_decode)
+            tl.store(record + 2, query_len, mask=is_decode)
+            tl.store(record + 3, seq_len, mask=is_decode)
+        line += tl.sum(tiles)
+        listed += tl.sum(is_decode.to(tl.int32))
+
+    valid = worker < NUM_WORKERS
+    record = workers_ptr + worker * WORKER_FIELDS
+    remaining = tl.minimum(tl.maximum(total - begin, 0), tiles_per_worker)
+    tl.store(record, entry, mask=valid)
+    tl.store(record + 1, within // row_length, mask=valid)
+    tl.store(record + 2, within % row_length, mask=valid)
+    tl.store(record + 3, remaining, mask=valid)
+    tl.store(record + 4, tiles_per_worker + worker * 0, mask=valid)
+    tl.store(arrivals_ptr + worker, worker * 0, mask=valid)
+
+
+@triton.jit
+def schedule_prefill(
+    query_start_loc_ptr, seq_lens_ptr, items_ptr,
+    num_seqs, decode_query_len, first_item,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Fills LANES prefill items, the last tiles of rows first: they see most keys."""
+    total = 0
+    for start in range(0, num_seqs, BLOCK):
+        _, _, query_len, _ = load_lengths(
+            query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
+        )
+        blocks = tl.where(query_len > decode_query_len, tl.cdiv(query_len * GROUP, BLOCK_M), 0)
+        total += tl.sum(blocks)
+
+    item = first_item + tl.arange(0, LANES)
+    block = total - 1 - item
+    sequence_of = tl.full([LANES], -1, tl.int32)
+    m_block = tl.zeros([LANES], tl.int32)
+    query_start_of = tl.zeros([LANES], tl.int32)
+    query_len_of = tl.zeros([LANES], tl.int32)
+    seq_len_of = tl.zeros([LANES], tl.int32)
+    line = 0
+    for start in range(0, num_seqs, BLOCK):
+        sequence, query_start, query_len, seq_len = load_lengths(
+            query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
+        )
+        blocks = tl.where(query_len > decode_query_len, tl.cdiv(query_len * GROUP, BLOCK_M), 0)
+        end = line + tl.cumsum(blocks, 0)
+        match = (block[:, None] >= (end - blocks)[None, :]) & (block[:, None] < end[None, :])
+        found = tl.sum(match.to(tl.int32), 1) > 0
+        sequence_of = tl.where(found, pick(match, sequence), sequence_of)
+        m_block = tl.where(found, block - pick(match, end - blocks), m_block)
+        query_start_of = tl.where(found, pick(match, query_start), query_start_of)
+        query_len_of = tl.where(found, pick(match, query_len), query_len_of)
+        seq_len_of = tl.where(found, pick(match, seq_len), seq_len_of)
+        line += tl.sum(blocks)
+
+    record = items_ptr + item * ITEM_FIELDS
+    tl.store(record, sequence_of)
+    tl.store(record + 1, m_block)
+    tl.store(record + 2, query_start_of)
+    tl.store(record + 3, query_len_of)
+    tl.store(record + 4, seq_len_of)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "decode_query_len", "window"])
+def schedule_kernel(
+    query_start_loc_ptr,  # [num_seqs + 1]
+    seq_lens_ptr,  # [num_seqs]
+    workers_ptr,
+    sequences_ptr,
+    arrivals_ptr,
+    items_ptr,
+    num_seqs,
+    decode_query_len,
+    window,
+    NUM_WORKERS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DECODE_BLOCK_M: tl.constexpr,
+    DECODE_TILE: tl.constexpr,
+    PREFILL_BLOCK_M: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    DECODE_PROGRAMS: tl.constexpr = (NUM_WORKERS + LANES - 1) // LANES
+    program = tl.program_id(0)
+    if program < DECODE_PROGRAMS:
+        schedule_decode(
+            query_start_loc_ptr, seq_lens_ptr, workers_ptr, sequences_ptr, arrivals_ptr,
+            num_seqs, decode_query_len, window, program * LANES,
+            NUM_WORKERS, NUM_KV_HEADS, GROUP, DECODE_BLOCK_M, DECODE_TILE, WINDOWED,
+            BLOCK, LANES,
+        )  # fmt: skip
+    else:
+        schedule_prefill(
+            query_start_loc_ptr, seq_lens_ptr, items_ptr,
+            num_seqs, decode_query_len, (program - DECODE_PROGRAMS) * LANES,
+            GROUP, PREFILL_BLOCK_M, BLOCK, LANES,
+        )  # fmt: skip
+
+
+class VarlenSchedule:
+    """Work lists and scratch of `varlen_attention`, filled once a step.
+
+    Every layer of one shape and window reads the same schedule; launches that
+    share one must follow each other on one stream.
+
+    Args:
+        max_num_seqs: most sequences of a batch.
+        max_num_tokens: most query tokens of a batch.
+        num_query_heads, num_kv_heads, head_size, block_size: shape of the layers.
+        query_dtype, kv_dtype: dtypes of queries and of the cache.
+        device: where the buffers live.
+        sliding_window: keys that a query sees, itself included; None: all.
+        decode_query_len: in a batch with longer queries, sequences with up to this
+            many query tokens are decodes; the others are prefills.
+        num_workers: programs of the decode kernel; None: as many as fit the device.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_num_tokens: int,
+        num_query_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        block_size: int,
+        query_dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        device: torch.device | str,
+        sliding_window: int | None = None,
+        decode_query_len: int = 1,
+        num_workers: int | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.shape = Shape(
+            num_query_heads, num_kv_heads, head_size, block_size, query_dtype, kv_dtype
+        )
+        self.sliding_window = sliding_window
+        self.decode_query_len = decode_query_len
+        self.max_num_seqs = max_num_seqs
+        self.max_num_tokens = max_num_tokens
+        index = self.device.index
+        if self.device.type != "cpu" and index is None:
+            index = 0
+        self.target = this_device(index)
+        plan = self.plan_for(MAX_DECODE_QUERY_LEN)
+        self.num_workers = num_workers or plan.num_workers
+
+        def integers(rows: int, fields: int) -> torch.Tensor:
+            return torch.zeros(rows, fields, dtype=torch.int32, device=self.device)
+
+        def scratch(*size: int) -> torch.Tensor:
+            return torch.empty(size, dtype=torch.float32, device=self.device)
+
+        self.workers = integers(self.num_workers, WORKER_FIELDS.value)
+        self.sequences = integers(max_num_seqs, SEQUENCE_FIELDS.value)
+        self.arrivals = integers(self.num_workers, 1)
+        self.items = integers(
+            triton.cdiv(self.max_items(max_num_tokens, max_num_seqs), LANES) * LANES,
+            ITEM_FIELDS.value,
+        )
+        slots = (2 * self.num_workers, plan.decode.block_m)
+        self.partials = (
+            scratch(*slots, self.shape.head_padded),
+            scratch(*slots),
+            scratch(*slots),
+        )
+        self.max_query_len = 0
+        self.num_items = 0
+        self.plan = plan
+
+    def plan_for(self, max_query_len: int) -> AttentionPlan:
+        """The plan of a batch whose longest query has max_query_len tokens."""
+        if max_query_len > MAX_DECODE_QUERY_LEN:
+            max_query_len = self.decode_query_len
+        return make_plan(self.shape, self.target, max_query_len)
+
+    def max_items(self, num_tokens: int, num_seqs: int) -> int:
+        """Bound of the number of prefill items of a batch."""
+        rows = num_tokens * self.shape.group
+        prefills = min(num_seqs, num_tokens // (self.decode_query_len + 1))
+        return rows // self.plan_for(1).prefill.block_m + prefills
+
+    def update(
+        self,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        max_query_len: int,
+        num_tokens: int,
+        causal: bool = True,
+    ) -> None:
+        """Fills the work lists for a batch: one kernel, no synchronisation.
+
+        Args:
+            query_start_loc: [num_seqs + 1] int32.
+            seq_lens: [num_seqs] int32.
+            max_query_len: no query of this batch is longer (host).
+            num_tokens: bound of the number of query tokens (host).
+            causal: as the attention calls that follow.
+
+        Raises:
+            ValueError: if the batch is larger than the buffers.
+        """
+        num_seqs = seq_lens.shape[0]
+        if num_seqs > self.max_num_seqs or num_tokens > self.max_num_tokens:
+            raise ValueError(
+                f"a batch of {num_seqs} sequences and {num_tokens} tokens does not fit "
+                f"this VarlenSchedule, made for max_num_seqs={self.max_num_seqs} and "
+                f"max_num_tokens={self.max_num_tokens}"
+            )
+        plan = self.plan_for(max_query_len)
+        decode_query_len = self.decode_query_len
+        num_items = 0
+        if max_query_len > MAX_DECODE_QUERY_LEN:
+            num_items = self.max_items(num_tokens, num_seqs)
+        else:
+            decode_query_len = MAX_DECODE_QUERY_LEN
+        programs = triton.cdiv(self.num_workers, LANES) + triton.cdiv(num_items, LANES)
+        schedule_kernel[(programs,)](
+            query_start_loc,
+            seq_lens,
+            self.workers,
+            self.sequences,
+            self.arrivals,
+            self.items,
+            num_seqs,
+            decode_query_len,
+            self.sliding_window or 0,
+            NUM_WORKERS=self.num_workers,
+            NUM_KV_HEADS=self.shape.num_kv_heads,
+            GROUP=self.shape.group,
+            DECODE_BLOCK_M=plan.decode.block_m,
+            DECODE_TILE=plan.decode.tile,
+            PREFILL_BLOCK_M=plan.prefill.block_m,
+            WINDOWED=self.sliding_window is not None,
+            BLOCK=min(triton.next_power_of_2(self.max_num_seqs), MAX_SEQUENCES_AT_ONCE),
+            LANES=LANES,
+        )
+        self.plan = plan
+        self.max_query_len = max_query_len
+        self.num_items = num_items

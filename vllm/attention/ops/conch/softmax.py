@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Online softmax in base 2, as Triton helpers.
+
+With s the raw scores of one query row (dot products of the query with the keys)
+and c a positive scale in log2 units, softmax(ln(2) * c * s) needs only
+
+    m = max(c * s)        row_max
+    l = sum(2^(c*s - m))  row_sum
+    o = sum(2^(c*s - m) * v) / l
+
+and all three can be carried over tiles of keys (Milakov and Gimelshein 2018; Dao
+et al. 2022).  Everything here is fp32.
+"""
+
+from vllm.triton_utils import tl, triton
+
+LOG2_E = 1.4426950408889634
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def softmax_step(scores, scale, row_max, row_sum, MASKED: tl.constexpr):
+    """Takes one tile of scores into the running softmax.
+
+    Args:
+        scores: [M, N] raw scores; -inf where a key is not visible.
+        scale: positive factor that turns a score into log2 units.
+        row_max, row_sum: [M] state of the tiles before, -inf and 0 at the start.
+        MASKED: whether a row may have seen no visible key yet.
+
+    Returns:
+        Weights [M, N], the factor [M] for what was accumulated before, and the
+        new row_max and row_sum.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
+    shift = new_max
+    if MASKED:
+        # -inf - -inf would be NaN; any finite shift gives the wanted zero weights.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores * scale - shift[:, None])
+    decay = tl.exp2(row_max - shift)
+    return weights, decay, new_max, row_sum * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def softcap(scores, inner):
+    """tanh of the scores, from exp2 alone: 1 - 2 / (2^(inner * s) + 1).
+
+    inner is 2 * log2(e) / cap times the softmax scale.  Large scores give exactly
+    1 or -1: an infinite power leaves 1 - 0, a vanished one 1 - 2.
+    """
+    return 1.0 - 2.0 / (tl.exp2(scores * inner) + 1.0)
+
+
+@triton.jit
+def normalize(acc, row_sum, v_scale):
+    """[M, D] weighted mean of V; 0 for a row that saw no key."""
+    divisor = tl.where(row_sum == 0.0, 1.0, row_sum)
+    return acc * (v_scale / divisor)[:, None]
+
+
+@triton.jit
+def log_sum_exp(row_max, row_sum):
+    """[M] natural logarithm of the softmax denominator; -inf without a key."""
+    return (row_max + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum))) * LN_2

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What the prefill and the decode kernel share: query rows and the loop over keys.
+
+A *row* is one (query token, query head) pair.  The GROUP query heads that share a
+KV head are packed into one tile, token by token, so that row r of a sequence is
+token r // GROUP and head r % GROUP of the group: a key is loaded once for all of
+them, whatever the ratio of heads.
+
+    |--------------- seq_len ---------------|
+    |---- context ----|----- query_len -----|
+                       token t sits at position context + t
+"""
+
+from vllm.triton_utils import tl, triton
+
+from .softmax import softcap, softmax_step
+
+
+@triton.jit
+def query_rows(m_block, query_len, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Token, head of the group and validity, each [BLOCK_M], of a tile of rows."""
+    row = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    return row // GROUP, row % GROUP, row < query_len * GROUP
+
+
+@triton.jit
+def row_offsets(
+    query_start, token, head, strides, dims, HEAD_SIZE: tl.constexpr
+):  # strides: (token, head)
+    """[BLOCK_M, D] offsets of query or output rows, int64."""
+    token = (query_start + token).to(tl.int64)
+    return (token * strides[0] + head * strides[1])[:, None] + dims[None, :]
+
+
+@triton.jit
+def load_tile(ptrs, keys_valid, dims_valid, MASK_KEYS: tl.constexpr, MASK_DIMS: tl.constexpr):
+    """Loads a tile of K or V; what is masked reads as 0 whatever memory holds."""
+    if MASK_KEYS and MASK_DIMS:
+        return tl.load(ptrs, mask=keys_valid & dims_valid, other=0.0)
+    elif MASK_KEYS:
+        return tl.load(ptrs, mask=keys_valid, other=0.0)
+    elif MASK_DIMS:
+        return tl.load(ptrs, mask=dims_valid, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def page_and_slot(block_row, start, keys, valid, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Where the keys of a tile lie: page number (int64) and slot in the page.
+
+    A page that holds whole tiles needs one scalar look-up; otherwise each key asks
+    for its page, and keys that are not valid ask for none.
+    """
+    if BLOCK_SIZE % TILE == 0:
+        page = tl.load(block_row + start // BLOCK_SIZE)
+        slot = start % BLOCK_SIZE + tl.arange(0, TILE)
+    else:
+        page = tl.load(block_row + keys // BLOCK_SIZE, mask=valid, other=0)
+        slot = keys % BLOCK_SIZE
+    return page.to(tl.int64), slot.to(tl.int64)
+
+
+@triton.jit
+def attend_tiles(
+    state,  # acc [M, D], row_max [M], row_sum [M]
+    query,  # [M, D]
+    position,  # [M] position of each row's token in its sequence
+    key_ptr,  # this KV head, slot 0 of page 0
+    value_ptr,
+    key_strides,  # (page, slot, head)
+    value_strides,
+    block_row,  # this sequence's row of the block table
+    tiles,  # (first, end): tiles of TILE keys to visit
+    keys_range,  # (first, end): keys outside are neither read nor weighed
+    scales,  # (softmax scale in log2 units, softcap's inner scale)
+    window,  # keys that a query sees, itself included
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,  # False: every row sees every key of these tiles
+    TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+):
+    """Attends a tile of query rows to consecutive tiles of keys."""
+    acc, row_max, row_sum = state
+    dims = tl.arange(0, HEAD_PADDED)
+    dims_valid = dims < HEAD_SIZE
+    MASK_DIMS: tl.constexpr = HEAD_SIZE != HEAD_PADDED
+    for tile in tl.range(tiles[0], tiles[1]):
+        start = tile * TILE
+        keys = start + tl.arange(0, TILE)
+        valid = (keys >= keys_range[0]) & (keys < keys_range[1])
+        page, slot = page_and_slot(block_row, start, keys, valid, BLOCK_SIZE, TILE)
+
+        # K: [D, TILE]
+        offsets = page * key_strides[0] + slot * key_strides[1]
+        key = load_tile(
+            key_ptr + offsets[None, :] + dims[:, None],
+            valid[None, :],
+            dims_valid[:, None],
+            MASKED,
+            MASK_DIMS,
+        )
+        # scores: [M, TILE]
+        scores = tl.dot(query, key.to(query.dtype), input_precision="ieee")
+        if SOFTCAP:
+            scores = softcap(scores, scales[1])
+        if MASKED:
+            visible = valid[None, :]
+            if CAUSAL:
+                visible = visible & (keys[None, :] <= position[:, None])
+            if WINDOWED:
+                visible = visible & (keys[None, :] > position[:, None] - window)
+                if not CAUSAL:
+                    visible = visible & (keys[None, :] < position[:, None] + window)
+            scores = tl.where(visible, scores, float("-inf"))
+        weights, decay, row_max, row_sum = softmax_step(
+            scores, scales[0], row_max, row_sum, MASKED
+        )
+        acc = acc * decay[:, None]
+
+        # V: [TILE, D]
+        offsets = page * value_strides[0] + slot * value_strides[1]
+        value = load_tile(
+            value_ptr + offsets[:, None] + dims[None, :],
+            valid[:, None],
+            dims_valid[None, :],
+            MASKED,
+            MASK_DIMS,
+        ).to(query.dtype)
+        acc = tl.dot(weights.to(query.dtype), value, acc, input_precision="ieee")
+    return acc, row_max, row_sum
