@@ -1,0 +1,439 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Puts CONCH into a vLLM tree and takes it out again.
+
+Everything is computed and checked in memory first; then all files are staged beside
+their targets and renamed into place, and any failure puts the old ones back. A record
+in the tree (`.conch/`, or `conch/` inside an installed package's dist-info) holds
+upstream's originals and the hashes of what was written. So a second run finds nothing
+to do, a run after the overlay changed updates, and `revert` gives back every byte.
+
+A file that somebody changed after it was patched is never overwritten unasked.
+"""
+
+import base64
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from patchset.errors import PatchError
+from patchset.overlay import added_files, edited_files
+from patchset.releases import Release
+from patchset.trees import Tree
+from patchset.version import conch_version
+
+_FORMAT = 1
+
+
+@dataclasses.dataclass
+class _Entry:
+    """What the record knows of one file.
+
+    Attributes:
+        original: sha256 as upstream ships it; None when upstream has no such file.
+        patched: sha256 of what was written.
+        previous: sha256s that an interrupted run may have left.
+
+    """
+
+    original: str | None
+    patched: str
+    previous: list[str | None] = dataclasses.field(default_factory=list)
+
+    def explains(self, digest: str | None) -> bool:
+        """Whether the tool itself can have left the file in this state."""
+        return digest in (self.original, self.patched, *self.previous)
+
+
+@dataclasses.dataclass
+class _Record:
+    """The state folder of a tree."""
+
+    directory: Path
+    files: dict[str, _Entry]
+    created: list[str]
+
+    @classmethod
+    def load(cls, tree: Tree) -> "_Record":
+        path = tree.state_dir / "manifest.json"
+        if not path.exists():
+            return cls(tree.state_dir, {}, [])
+        try:
+            data = json.loads(path.read_bytes())
+            if data["format"] != _FORMAT:
+                raise PatchError(
+                    f"{path}: written by another version of the tool (format "
+                    f"{data['format']}, this one knows {_FORMAT}); revert with that one"
+                )
+            files = {name: _Entry(**entry) for name, entry in data["files"].items()}
+            return cls(tree.state_dir, files, data["created"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise PatchError(f"{path}: not a record of this tool ({error})") from error
+
+    def dump(self, release: Release, *, pending: bool) -> bytes:
+        data: dict[str, Any] = {
+            "format": _FORMAT,
+            "release": str(release.version),
+            "conch": conch_version(),
+            "created": sorted(self.created),
+            "files": {
+                name: dataclasses.asdict(
+                    entry if pending else dataclasses.replace(entry, previous=[])
+                )
+                for name, entry in sorted(self.files.items())
+            },
+        }
+        return (json.dumps(data, indent=1) + "\n").encode()
+
+    def original_path(self, name: str) -> Path:
+        return self.directory / "originals" / name
+
+    def original(self, name: str) -> bytes | None:
+        """A file as upstream ships it, from the record."""
+        entry = self.files[name]
+        if entry.original is None:
+            return None
+        path = self.original_path(name)
+        content = path.read_bytes() if path.exists() else b""
+        if _sha256(content) != entry.original:
+            raise PatchError(
+                f"{path}: the stored original is damaged; take a fresh vLLM tree"
+            )
+        return content
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One file to write or remove."""
+
+    action: str
+    path: str
+    content: bytes | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What an operation does to a tree; nothing has happened yet."""
+
+    tree: Tree
+    release: Release
+    steps: list[Step]
+    record: _Record
+    removing: bool
+
+    def execute(self) -> None:
+        """Do it, wholly or not at all."""
+        if not self.steps:
+            return
+        with _Transaction() as transaction:
+            _write(self, transaction)
+
+
+def plan_apply(tree: Tree, release: Release, *, overwrite: bool = False) -> Plan:
+    """Work out what brings CONCH, as it is now, into a tree.
+
+    Args:
+        tree: the tree.
+        release: its release.
+        overwrite: also replace files that the tool does not own or that were changed
+            after they were patched. What the tool did not own is kept as an original.
+
+    Raises:
+        PatchError: it cannot be applied; the tree is untouched.
+
+    """
+    if tree.version.local and tree.version.local.startswith("conch"):
+        raise PatchError(
+            f"{tree.root}: this vLLM was built with CONCH ({tree.version}); build and "
+            "install a newer one instead of patching it"
+        )
+    record = _Record.load(tree)
+    _refuse_foreign_changes(tree, record, overwrite)
+
+    def read(path: str) -> bytes | None:
+        """The file without CONCH."""
+        return record.original(path) if path in record.files else _read(tree, path)
+
+    changes = added_files(release, package_only=tree.installed)
+    taken = [change.path for change in changes if read(change.path) is not None]
+    if taken and not overwrite:
+        raise PatchError(
+            f"{tree.root}: these files exist and do not come from this tool: "
+            f"{', '.join(taken)}. Remove them, or use --overwrite (a later --revert "
+            "brings them back)"
+        )
+    changes += edited_files(release, read)
+    target = {change.path: change.content for change in changes}
+    originals = {path: read(path) for path in target}
+    if tree.dist_info is not None:
+        name = (tree.dist_info / "RECORD").relative_to(tree.root).as_posix()
+        content = read(name)
+        if content is None:
+            raise PatchError(f"{tree.dist_info}: the installed package has no RECORD")
+        originals[name] = content
+        target[name] = _extend_record(tree, content, target, originals)
+
+    entries = {}
+    for path, content in target.items():
+        old, original = record.files.get(path), originals[path]
+        entries[path] = _Entry(
+            original=None if original is None else _sha256(original),
+            patched=_sha256(content),
+            previous=[old.patched, *old.previous] if old else [],
+        )
+    steps = []
+    for path, content in sorted(target.items()):
+        if (current := _read(tree, path)) != content:
+            action = "update" if path in record.files else "edit"
+            steps.append(Step("add" if current is None else action, path, content))
+    for path in sorted(set(record.files) - set(target)):
+        if (current := _read(tree, path)) != (original := record.original(path)):
+            action = "remove" if original is None else "restore"
+            steps.append(Step(action, path, original))
+    if not steps and set(record.files) != set(entries):
+        raise AssertionError("the record and the tree disagree")
+    created = sorted({*record.created, *_missing_folders(tree, target)})
+    return Plan(
+        tree, release, steps, _Record(tree.state_dir, entries, created), removing=False
+    )
+
+
+def plan_revert(tree: Tree, release: Release, *, overwrite: bool = False) -> Plan:
+    """Work out what takes CONCH out of a tree again.
+
+    Args:
+        tree: the tree.
+        release: its release.
+        overwrite: also give back files that were changed after they were patched.
+
+    Raises:
+        PatchError: CONCH is not in the tree, or files were changed.
+
+    """
+    record = _Record.load(tree)
+    if not record.files:
+        raise PatchError(f"{tree.root}: nothing to revert, this tool has not patched it")
+    _refuse_foreign_changes(tree, record, overwrite)
+    steps = []
+    for path in sorted(record.files):
+        if _read(tree, path) != (original := record.original(path)):
+            action = "remove" if original is None else "restore"
+            steps.append(Step(action, path, original))
+    return Plan(tree, release, steps, record, removing=True)
+
+
+def _refuse_foreign_changes(tree: Tree, record: _Record, overwrite: bool) -> None:
+    changed = [
+        path
+        for path, entry in record.files.items()
+        if not entry.explains(_digest(_read(tree, path)))
+    ]
+    if changed and not overwrite:
+        raise PatchError(
+            f"{tree.root}: changed since it was patched: {', '.join(sorted(changed))}. "
+            "Undo those changes, or use --overwrite to drop them"
+        )
+
+
+def _write(plan: Plan, transaction: "_Transaction") -> None:
+    tree, record = plan.tree, plan.record
+    manifest = record.directory / "manifest.json"
+    if not plan.removing:
+        old = _Record.load(tree)
+        for path, entry in record.files.items():
+            if entry.original is None or (
+                path in old.files and old.files[path].original == entry.original
+            ):
+                continue
+            content = _read(tree, path)
+            assert content is not None
+            transaction.write(record.original_path(path), content)
+        if not tree.installed:
+            transaction.write(record.directory / ".gitignore", b"*\n")
+        dropped = {
+            path: entry for path, entry in old.files.items() if path not in record.files
+        }
+        pending = _Record(record.directory, {**dropped, **record.files}, record.created)
+        transaction.write(manifest, pending.dump(plan.release, pending=True))
+    for step in plan.steps:
+        transaction.write(tree.root / step.path, step.content)
+        if step.action == "remove":
+            transaction.forget_bytecode(tree.root / step.path)
+    if plan.removing:
+        for path in record.files:
+            transaction.write(record.original_path(path), None)
+        transaction.write(record.directory / ".gitignore", None)
+        transaction.write(manifest, None)
+    else:
+        transaction.write(manifest, record.dump(plan.release, pending=False))
+    transaction.commit()
+    if plan.removing:
+        _remove_empty(record.directory)
+        for name in record.created:
+            _remove_empty(tree.root / name)
+
+
+def _extend_record(
+    tree: Tree,
+    content: bytes,
+    target: dict[str, bytes],
+    originals: dict[str, bytes | None],
+) -> bytes:
+    """RECORD with CONCH's files in it, so that pip's uninstall removes them too."""
+    assert tree.dist_info is not None
+    state = tree.state_dir.relative_to(tree.root).as_posix()
+    hashes: dict[str, tuple[str, str]] = {f"{state}/manifest.json": ("", "")}
+    for path, data in target.items():
+        hashes[path] = (_record_hash(data), str(len(data)))
+    for path, original in originals.items():
+        if original is not None:
+            name = f"{state}/originals/{path}"
+            hashes[name] = (_record_hash(original), str(len(original)))
+    return update_record(content, hashes)
+
+
+def update_record(content: bytes, hashes: dict[str, tuple[str, str]]) -> bytes:
+    """A wheel's or an installed package's RECORD with lines replaced and added.
+
+    Args:
+        content: the RECORD.
+        hashes: (hash, size) of each file to mention.
+
+    """
+    newline = "\r\n" if b"\r\n" in content else "\n"
+    rows = list(csv.reader(io.StringIO(content.decode(), newline="")))
+    known = {row[0] for row in rows if row}
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, lineterminator=newline)
+    for row in rows:
+        if row:
+            writer.writerow([row[0], *hashes.get(row[0], tuple(row[1:]))])
+    for path in sorted(set(hashes) - known):
+        writer.writerow([path, *hashes[path]])
+    return out.getvalue().encode()
+
+
+def _record_hash(content: bytes) -> str:
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest())
+    return "sha256=" + digest.rstrip(b"=").decode()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digest(content: bytes | None) -> str | None:
+    return None if content is None else _sha256(content)
+
+
+def _read(tree: Tree, path: str) -> bytes | None:
+    try:
+        return (tree.root / path).read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _missing_folders(tree: Tree, paths: Iterable[str]) -> set[str]:
+    """The topmost folders that have to be made for these files."""
+    missing = set()
+    for path in paths:
+        for folder in reversed(Path(path).parents):
+            if not (tree.root / folder).exists():
+                missing.add(folder.as_posix())
+                break
+    return missing
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder and its subfolders, as far as they are empty."""
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    for child in list(folder.iterdir()):
+        if child.is_dir():
+            _remove_empty(child)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+class _Transaction:
+    """Writes and removals that all happen or none.
+
+    `write` only notes; `commit` stages every file beside its target, then renames one
+    after the other. Leaving the `with` block by an exception undoes what was done.
+    """
+
+    def __init__(self):
+        self._steps: list[tuple[Path, bytes | None]] = []
+        self._staged: list[Path | None] = []
+        self._undo: list[tuple[Path, bytes | None, int | None]] = []
+        self._made: list[Path] = []
+
+    def __enter__(self) -> "_Transaction":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is not None:
+            self._roll_back()
+
+    def write(self, path: Path, content: bytes | None) -> None:
+        """Note a file's new content; None removes it."""
+        self._steps.append((path, content))
+
+    def forget_bytecode(self, path: Path) -> None:
+        """Note the removal of what Python compiled from a file."""
+        for cached in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
+            self.write(cached, None)
+
+    def commit(self) -> None:
+        """Do everything that was noted."""
+        for path, content in self._steps:
+            self._staged.append(None if content is None else self._stage(path, content))
+        for (path, _), staged in zip(self._steps, self._staged):
+            exists = path.exists()
+            old = path.read_bytes() if exists else None
+            mode = path.stat().st_mode & 0o777 if exists else None
+            self._undo.append((path, old, mode))
+            if staged is None:
+                path.unlink(missing_ok=True)
+            else:
+                os.replace(staged, path)
+
+    def _stage(self, path: Path, content: bytes) -> Path:
+        for folder in reversed(path.parents):
+            if not folder.exists():
+                folder.mkdir()
+                self._made.append(folder)
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o644 & ~_umask()
+        handle, name = tempfile.mkstemp(prefix=".conch-", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(name, mode)
+        return Path(name)
+
+    def _roll_back(self) -> None:
+        for path, content, mode in reversed(self._undo):
+            if content is None or mode is None:
+                path.unlink(missing_ok=True)
+                continue
+            staged = self._stage(path, content)
+            os.chmod(staged, mode)
+            os.replace(staged, path)
+        for staged_file in self._staged:
+            if staged_file is not None:
+                staged_file.unlink(missing_ok=True)
+        for folder in reversed(self._made):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
