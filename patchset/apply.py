@@ -19,7 +19,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class _Record:
         except (KeyError, TypeError, ValueError) as error:
             raise PatchError(f"{path}: not a record of this tool ({error})") from error
 
-    def dump(self, release: Release, *, pending: bool) -> bytes:
+    def dump(self, release: Release, pending: bool) -> bytes:
         data: dict[str, Any] = {
             "format": _FORMAT,
             "release": str(release.version),
@@ -120,17 +120,29 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What an operation does to a tree; nothing has happened yet."""
+    """What an operation does to a tree; nothing has happened yet.
+
+    Attributes:
+        tree: the tree.
+        release: what is applied; None when CONCH is taken out.
+        steps: the files to write or remove.
+        record: the record that the steps lead to; of a revert, the one they end.
+
+    """
 
     tree: Tree
-    release: Release
+    release: Release | None
     steps: list[Step]
     record: _Record
-    removing: bool
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.steps) or self.release is None
 
     def execute(self) -> None:
         """Do it, wholly or not at all."""
-        if not self.steps:
+        if not self.pending:
             return
         with _Transaction() as transaction:
             _write(self, transaction)
@@ -197,20 +209,15 @@ def plan_apply(tree: Tree, release: Release, *, overwrite: bool = False) -> Plan
         if (current := _read(tree, path)) != (original := record.original(path)):
             action = "remove" if original is None else "restore"
             steps.append(Step(action, path, original))
-    if not steps and set(record.files) != set(entries):
-        raise AssertionError("the record and the tree disagree")
     created = sorted({*record.created, *_missing_folders(tree, target)})
-    return Plan(
-        tree, release, steps, _Record(tree.state_dir, entries, created), removing=False
-    )
+    return Plan(tree, release, steps, _Record(tree.state_dir, entries, created))
 
 
-def plan_revert(tree: Tree, release: Release, *, overwrite: bool = False) -> Plan:
+def plan_revert(tree: Tree, *, overwrite: bool = False) -> Plan:
     """Work out what takes CONCH out of a tree again.
 
     Args:
         tree: the tree.
-        release: its release.
         overwrite: also give back files that were changed after they were patched.
 
     Raises:
@@ -219,14 +226,14 @@ def plan_revert(tree: Tree, release: Release, *, overwrite: bool = False) -> Pla
     """
     record = _Record.load(tree)
     if not record.files:
-        raise PatchError(f"{tree.root}: nothing to revert, this tool has not patched it")
+        raise PatchError(f"{tree.root}: nothing to revert: not patched by this tool")
     _refuse_foreign_changes(tree, record, overwrite)
     steps = []
     for path in sorted(record.files):
         if _read(tree, path) != (original := record.original(path)):
             action = "remove" if original is None else "restore"
             steps.append(Step(action, path, original))
-    return Plan(tree, release, steps, record, removing=True)
+    return Plan(tree, None, steps, record)
 
 
 def _refuse_foreign_changes(tree: Tree, record: _Record, overwrite: bool) -> None:
@@ -243,41 +250,47 @@ def _refuse_foreign_changes(tree: Tree, record: _Record, overwrite: bool) -> Non
 
 
 def _write(plan: Plan, transaction: "_Transaction") -> None:
+    """Write the record's originals, the record as pending, the files, the record.
+
+    Whoever finds a pending record knows each file as it was before and after, and so
+    can go on from wherever the run was cut off.
+    """
     tree, record = plan.tree, plan.record
     manifest = record.directory / "manifest.json"
-    if not plan.removing:
-        old = _Record.load(tree)
+    ignore = record.directory / ".gitignore"
+    old = _Record.load(tree)
+    if plan.release is None:
+        stale = list(old.files)
+    else:
+        stale = [path for path in old.files if path not in record.files]
         for path, entry in record.files.items():
-            if entry.original is None or (
-                path in old.files and old.files[path].original == entry.original
-            ):
-                continue
-            content = _read(tree, path)
-            assert content is not None
-            transaction.write(record.original_path(path), content)
+            if entry.original is not None and path not in old.files:
+                transaction.write(record.original_path(path), _read(tree, path))
         if not tree.installed:
-            transaction.write(record.directory / ".gitignore", b"*\n")
-        dropped = {
-            path: entry for path, entry in old.files.items() if path not in record.files
-        }
-        pending = _Record(record.directory, {**dropped, **record.files}, record.created)
-        transaction.write(manifest, pending.dump(plan.release, pending=True))
+            transaction.write(ignore, b"*\n")
+        pending = {path: old.files[path] for path in stale} | record.files
+        transaction.write(
+            manifest,
+            _Record(record.directory, pending, record.created).dump(plan.release, True),
+        )
     for step in plan.steps:
         transaction.write(tree.root / step.path, step.content)
         if step.action == "remove":
             transaction.forget_bytecode(tree.root / step.path)
-    if plan.removing:
-        for path in record.files:
-            transaction.write(record.original_path(path), None)
-        transaction.write(record.directory / ".gitignore", None)
+    if plan.release is None:
+        transaction.write(ignore, None)
         transaction.write(manifest, None)
     else:
-        transaction.write(manifest, record.dump(plan.release, pending=False))
+        transaction.write(manifest, record.dump(plan.release, False))
+    for path in stale:
+        transaction.write(record.original_path(path), None)
     transaction.commit()
-    if plan.removing:
-        _remove_empty(record.directory)
-        for name in record.created:
-            _remove_empty(tree.root / name)
+    if plan.release is None:
+        for folder in (
+            record.directory,
+            *(tree.root / name for name in record.created),
+        ):
+            _remove_empty(folder)
 
 
 def _extend_record(
@@ -287,42 +300,35 @@ def _extend_record(
     originals: dict[str, bytes | None],
 ) -> bytes:
     """RECORD with CONCH's files in it, so that pip's uninstall removes them too."""
-    assert tree.dist_info is not None
     state = tree.state_dir.relative_to(tree.root).as_posix()
-    hashes: dict[str, tuple[str, str]] = {f"{state}/manifest.json": ("", "")}
-    for path, data in target.items():
-        hashes[path] = (_record_hash(data), str(len(data)))
+    files: dict[str, bytes | None] = {**target, f"{state}/manifest.json": None}
     for path, original in originals.items():
         if original is not None:
-            name = f"{state}/originals/{path}"
-            hashes[name] = (_record_hash(original), str(len(original)))
-    return update_record(content, hashes)
+            files[f"{state}/originals/{path}"] = original
+    return update_record(content, files)
 
 
-def update_record(content: bytes, hashes: dict[str, tuple[str, str]]) -> bytes:
+def update_record(content: bytes, files: Mapping[str, bytes | None]) -> bytes:
     """A wheel's or an installed package's RECORD with lines replaced and added.
 
     Args:
         content: the RECORD.
-        hashes: (hash, size) of each file to mention.
+        files: what each file to mention holds; None mentions it without a hash.
 
     """
     newline = "\r\n" if b"\r\n" in content else "\n"
-    rows = list(csv.reader(io.StringIO(content.decode(), newline="")))
-    known = {row[0] for row in rows if row}
+    rows = [row for row in csv.reader(io.StringIO(content.decode(), newline="")) if row]
+    known = {row[0] for row in rows}
+    rows += [[path, "", ""] for path in sorted(set(files) - known)]
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator=newline)
-    for row in rows:
-        if row:
-            writer.writerow([row[0], *hashes.get(row[0], tuple(row[1:]))])
-    for path in sorted(set(hashes) - known):
-        writer.writerow([path, *hashes[path]])
+    for path, *rest in rows:
+        data = files.get(path)
+        if data is not None:
+            digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest())
+            rest = ["sha256=" + digest.rstrip(b"=").decode(), str(len(data))]
+        writer.writerow([path, *rest])
     return out.getvalue().encode()
-
-
-def _record_hash(content: bytes) -> str:
-    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest())
-    return "sha256=" + digest.rstrip(b"=").decode()
 
 
 def _sha256(content: bytes) -> str:

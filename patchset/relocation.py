@@ -7,7 +7,7 @@ Two maps, both from `release.toml`:
     relocate  "vllm/attention/ops/conch" = "vllm/v1/attention/ops/conch"
               a folder of the overlay lands there, and every mention of it follows:
               imports, dotted strings (monkeypatch targets), comments, paths.
-    imports   "vllm.attention.backends.abstract:AttentionType" = "vllm.v1.attention.backend"
+    imports   "vllm.attention.layer:Attention" = "vllm.model_executor.layers.attention"
               one name is imported from another module; `module:*` maps the rest.
 
 A rewritten file has its imports sorted and is formatted again, as upstream's hooks
@@ -102,7 +102,7 @@ class _ImportRewriter(cst.CSTTransformer):
             groups.setdefault(target, []).append(alias)
         if list(groups) == [module]:
             return updated_node
-        lines = []
+        lines: list[cst.SimpleStatementLine] = []
         for target, names in groups.items():
             names[-1] = names[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
             line = updated_node.with_changes(

@@ -39,9 +39,7 @@ class Tree:
     @property
     def state_dir(self) -> Path:
         """Where the record of what was applied lies."""
-        return (self.dist_info or self.root) / (
-            "conch" if self.installed else ".conch"
-        )
+        return (self.dist_info or self.root) / ("conch" if self.installed else ".conch")
 
 
 def find_tree(path: Path, version: str | None = None) -> Tree:
@@ -62,24 +60,22 @@ def find_tree(path: Path, version: str | None = None) -> Tree:
             break
     else:
         raise PatchError(
-            f"{path} holds no vLLM: give a checkout, an unpacked sdist, a site-packages "
-            "folder with vllm in it, or the vllm package folder itself"
+            f"{path} holds no vLLM: give a checkout, an unpacked sdist, a "
+            "site-packages folder with vllm in it, or the vllm package folder itself"
         )
     if (root / "pyproject.toml").is_file() or (root / "setup.py").is_file():
-        found = (_from_pkg_info(root), _from_git(root), _from_version_file(root))
+        found = [_from_pkg_info(root), _from_git(root), _from_version_file(root)]
         dist_info = None
     else:
         dist_info = _dist_info(root)
-        found = (_from_metadata(dist_info / "METADATA", "installed metadata"),)
+        found = [_from_metadata(dist_info / "METADATA", "installed metadata")]
     if version is not None:
-        found = ((version, "--release"),)
+        found = [(version, "--release")]
     for text, evidence in filter(None, found):
         try:
             return Tree(root, dist_info, Version(text), evidence)
         except InvalidVersion as error:
-            raise PatchError(
-                f"{root}: '{text}' ({evidence}) is no version"
-            ) from error
+            raise PatchError(f"{root}: '{text}' ({evidence}) is no version") from error
     raise PatchError(
         f"{root}: cannot tell vLLM's version: no PKG-INFO, no git tag v*, no "
         "vllm/_version.py; name it with --release"
