@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Writes the keys and values of new tokens into their slots of the paged KV cache.
+
+Bound by memory, or by the latency of a launch when tokens are few.  One launch moves
+K and V; a program takes some tokens and a run of their elements, all heads in a row,
+so that a warp reads and writes whole lines, 16 bytes a thread.  Everything is loaded
+before anything is stored, and keys do not wait for their slots: one round trip to
+memory, not two.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from vllm.triton_utils import tl, triton
+
+from .checks import (
+    TensorSpec,
+    check_device,
+    check_dtype,
+    check_last_stride,
+    check_scale,
+    check_shape,
+    free_strides,
+    reject,
+    signature,
+)
+from .fp8 import FP8_DTYPES, divide_to_fp8, storage_view, triton_fp8
+from .launch import Launch
+from .plan import this_device
+
+SOURCE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# Elements of K, and as many of V, that a program moves.  A thread moves 8 or 16.
+SMALL_TILE = 1024
+LARGE_TILE = 4096
+# Tiles become large where that still leaves this many programs to each multiprocessor.
+LARGE_TILE_MIN_PROGRAMS = 4
+# Part of a row's elements that may be padding in the last of its tiles.
+MAX_PADDING = 1 / 8
+
+
+class Tile(NamedTuple):
+    """One compiled variant for a given cache layout."""
+
+    tokens: int
+    elements: int  # of the num_kv_heads * head_size of a token
+    num_warps: int
+
+
+@triton.jit
+def load_rows(
+    source_ptr,  # [num_tokens, heads, head_size]
+    strides,  # (token, head)
+    tokens,  # int64
+    head,  # int64
+    dim,
+    mask,
+):
+    """[tokens, elements] of K or V; nothing will read them again."""
+    offsets = (tokens * strides[0])[:, None] + (head * strides[1] + dim)[None, :]
+    return tl.load(source_ptr + offsets, mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def store_rows(
+    cache_ptr,  # [num_blocks, page, heads, head_size]
+    strides,  # (block, slot in the page, head)
+    rows,  # [tokens, elements]
+    block,  # int64
+    slot,  # int64
+    head,  # int64
+    dim,
+    mask,
+):
+    offsets = (block * strides[0] + slot * strides[1])[:, None]
+    offsets += (head * strides[2] + dim)[None, :]
+    tl.store(cache_ptr + offsets, rows, mask=mask)
+
+
+# Only addresses of K and V, here and in the cache, are worth a variant by alignment.
+@triton.jit(
+    do_not_specialize=["slot_mapping_ptr", "k_scale_ptr", "v_scale_ptr", "num_tokens"]
+)
+def reshape_and_cache_kernel(
+    key_ptr,  # [num_tokens or more, NUM_KV_HEADS, HEAD_SIZE]
+    value_ptr,
+    key_cache_ptr,  # [num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE]
+    value_cache_ptr,
+    slot_mapping_ptr,  # [num_tokens]
+    k_scale_ptr,  # [1], or None where nothing is scaled
+    v_scale_ptr,
+    key_strides,
+    value_strides,
+    key_cache_strides,
+    value_cache_strides,
+    num_tokens,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    FP8: tl.constexpr,  # the cache's format, None for a cache of the keys' dtype
+    FP8_MAX: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    element = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
+    head = (element // HEAD_SIZE).to(tl.int64)
+    dim = element % HEAD_SIZE
+    live = token < num_tokens
+    in_row = (element < NUM_KV_HEADS * HEAD_SIZE)[None, :]
+    slot = tl.load(slot_mapping_ptr + token, mask=live, other=-1).to(tl.int64)
+
+    row = token.to(tl.int64)
+    loaded = live[:, None] & in_row
+    key = load_rows(key_ptr, key_strides, row, head, dim, loaded)
+    value = load_rows(value_ptr, value_strides, row, head, dim, loaded)
+    if FP8 is not None:
+        STORED: tl.constexpr = key_cache_ptr.dtype.element_ty
+        k_scale = 1.0 if k_scale_ptr is None else tl.load(k_scale_ptr)
+        v_scale = 1.0 if v_scale_ptr is None else tl.load(v_scale_ptr)
+        key = divide_to_fp8(key, k_scale, FP8, FP8_MAX, STORED)
+        value = divide_to_fp8(value, v_scale, FP8, FP8_MAX, STORED)
+
+    stored = (slot >= 0)[:, None] & in_row
+    block = slot // BLOCK_SIZE
+    slot = slot % BLOCK_SIZE
+    store_rows(key_cache_ptr, key_cache_strides, key, block, slot, head, dim, stored)
+    store_rows(
+        value_cache_ptr, value_cache_strides, value, block, slot, head, dim, stored
+    )
+
+
+def plan_tile(num_tokens: int, row_size: int, num_units: int) -> Tile:
+    """Chooses one of the two tiles that exist for a row of this size.
+
+    Args:
+        num_tokens: Tokens to write.
+        row_size: num_kv_heads * head_size.
+        num_units: Multiprocessors of the device.
+    """
+    elements = SMALL_TILE
+    while elements > 64 and -row_size % elements > MAX_PADDING * row_size:
+        elements //= 2
+    if -row_size % elements > MAX_PADDING * row_size:  # such as one head of 80
+        elements = min(SMALL_TILE, triton.next_power_of_2(row_size))
+    large = num_tokens * row_size >= LARGE_TILE * LARGE_TILE_MIN_PROGRAMS * num_units
+    if large:
+        return Tile(LARGE_TILE // elements, elements, num_warps=8)
+    return Tile(SMALL_TILE // elements, elements, num_warps=4)
+
+
+def check_arguments(
+    key: TensorSpec,
+    value: TensorSpec,
+    key_cache: TensorSpec,
+    value_cache: TensorSpec,
+    slot_mapping: TensorSpec,
+    k_scale: TensorSpec | None,
+    v_scale: TensorSpec | None,
+) -> None:
+    """Raises the ValueErrors of `reshape_and_cache`."""
+    rows = ("num_tokens", "num_kv_heads", "head_size")
+    check_shape("key", key, rows, (None, None, None))
+    check_dtype("key", key, SOURCE_DTYPES)
+    check_last_stride("key", key)
+    num_rows, num_kv_heads, head_size = key.shape
+
+    advice = "K and V need the same number of tokens, of heads and head size."
+    check_shape("value", value, rows, key.shape, advice)
+    check_dtype("value", value, (key.dtype,), "K and V need the same dtype.")
+    check_last_stride("value", value)
+
+    pages = ("num_blocks", "block_size", "num_kv_heads", "head_size")
+    advice = (
+        "Pass a view with the heads of key, such as cache.transpose(1, 2) of an HND"
+        " cache or one half of a page that packs K and V."
+    )
+    check_shape(
+        "key_cache", key_cache, pages, (None, None, num_kv_heads, head_size), advice
+    )
+    advice = "View a cache of bytes with cache.view(torch.float8_e4m3fn)."
+    check_dtype("key_cache", key_cache, (key.dtype, *FP8_DTYPES), advice)
+    check_last_stride("key_cache", key_cache)
+    advice = "K and V need pages of the same shape."
+    check_shape("value_cache", value_cache, pages, key_cache.shape, advice)
+    advice = "K and V need caches of the same dtype."
+    check_dtype("value_cache", value_cache, (key_cache.dtype,), advice)
+    check_last_stride("value_cache", value_cache)
+
+    check_shape("slot_mapping", slot_mapping, ("num_tokens",), (None,))
+    check_dtype("slot_mapping", slot_mapping, (torch.int64,))
+    check_last_stride("slot_mapping", slot_mapping)
+    if slot_mapping.shape[0] > num_rows:
+        reject(
+            "slot_mapping",
+            f"{slot_mapping.shape[0]} slots",
+            f"at most {num_rows}, the tokens of key",
+            "Cut it with slot_mapping[:key.shape[0]].",
+        )
+
+    named = dict(
+        value=value,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        slot_mapping=slot_mapping,
+    )
+    for name, spec in named.items():
+        check_device(name, spec, "key", key)
+    for name, spec in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if spec is not None:
+            check_scale(name, spec, "key", key)
+
+
+@lru_cache(maxsize=4096)
+def prepare(*signatures: tuple | None) -> Launch | None:
+    """Checks the arguments of `reshape_and_cache` and plans its launch, once a shape."""
+    specs = [sig and TensorSpec(*sig) for sig in signatures]
+    check_arguments(*specs)
+    key, _, key_cache, _, slot_mapping = specs[:5]
+    num_tokens = slot_mapping.shape[0]
+    if num_tokens == 0:
+        return None
+    _, num_kv_heads, head_size = key.shape
+    row_size = num_kv_heads * head_size
+    device = this_device(key.device.index)
+    tile = plan_tile(num_tokens, row_size, device.num_units)
+    is_fp8 = key_cache.dtype in FP8_DTYPES
+    return Launch(
+        reshape_and_cache_kernel,
+        (triton.cdiv(num_tokens, tile.tokens), triton.cdiv(row_size, tile.elements)),
+        (*(free_strides(spec)[:-1] for spec in specs[:4]), num_tokens),
+        dict(
+            NUM_KV_HEADS=num_kv_heads,
+            HEAD_SIZE=head_size,
+            BLOCK_SIZE=key_cache.shape[1],
+            FP8=triton_fp8(key_cache.dtype) if is_fp8 else None,
+            FP8_MAX=torch.finfo(key_cache.dtype).max if is_fp8 else None,
+            TOKENS=tile.tokens,
+            ELEMENTS=tile.elements,
+            num_warps=tile.num_warps,
+        ),
+    )
+
+
+def reshape_and_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """Copies each token's key and value to its slot in the KV cache.
+
+    Args:
+        key: [num_tokens or more, num_kv_heads, head_size], fp16, bf16 or fp32.  Any
+            strides with the last 1; rows past the end of slot_mapping are padding.
+        value: As key, with its own strides.
+        key_cache: [num_blocks, block_size, num_kv_heads, head_size], key's dtype or an
+            fp8 dtype.  Any strides with the last 1: NHD, HND or half of a packed page.
+        value_cache: As key_cache, with its own strides.
+        slot_mapping: [num_tokens] int64, block * block_size + place in the block.
+            Tokens with a negative slot are skipped.  Slots must lie within the cache
+            and differ; neither is checked.
+        k_scale: fp32, one element, on the device; None is 1.  An fp8 cache holds
+            key / k_scale, saturated to the finite range of the dtype; NaN stays NaN.
+            Without effect on other caches.
+        v_scale: The same for values.
+
+    Raises:
+        ValueError: An argument has a wrong shape, dtype, device or stride.
+    """
+    launch = prepare(
+        signature(key),
+        signature(value),
+        signature(key_cache),
+        signature(value_cache),
+        signature(slot_mapping),
+        None if k_scale is None else signature(k_scale),
+        None if v_scale is None else signature(v_scale),
+    )
+    if launch is None:  # no tokens
+        return
+    if key_cache.dtype == key.dtype:
+        k_scale = v_scale = None
+    else:
+        key_cache = storage_view(key_cache)
+        value_cache = storage_view(value_cache)
+    launch(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
