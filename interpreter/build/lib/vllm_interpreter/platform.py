@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The platform itself, for every vLLM release that this repository supports."""
+
+from typing import Any
+
+import torch
+
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import DeviceCapability
+
+# The GPU that backends are to believe in when they say what they support.
+CAPABILITY = DeviceCapability(9, 0)
+
+_library = torch.library.Library("_C", "FRAGMENT")  # unregisters when collected
+
+
+def define_missing_ops() -> None:
+    """Stands in for an op of vLLM's compiled CPU build that workers call."""
+    if not hasattr(torch.ops._C, "init_cpu_memory_env"):
+        _library.define("init_cpu_memory_env(int[] nodes) -> ()")
+        _library.impl(
+            "init_cpu_memory_env", lambda nodes: None, "CompositeExplicitAutograd"
+        )
+
+
+class InterpreterPlatform(CpuPlatform):
+    """A CPU whose attention backend is the one the user names."""
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, *_: Any, **__: Any
+    ) -> str:
+        if selected_backend is None:
+            raise ValueError(
+                "The interpreter platform has no default attention backend: name one "
+                "with --attention-backend."
+            )
+        reasons = selected_backend.get_class().validate_configuration(
+            device_capability=CAPABILITY, **attn_selector_config._asdict()
+        )
+        if reasons:
+            raise ValueError(
+                f"Selected backend {selected_backend} is not valid for this "
+                f"configuration. Reason: {reasons}"
+            )
+        return selected_backend.get_path()
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        # CPU backends have no fp8 cache and some releases refuse it, Triton's have.
+        cache_config = vllm_config.cache_config
+        cache_dtype, cache_config.cache_dtype = cache_config.cache_dtype, "auto"
+        super().check_and_update_config(vllm_config)
+        cache_config.cache_dtype = cache_dtype
+        # Plain PyTorch for all but attention: no compiler, no ops of a CPU build.
+        from vllm.config import CompilationMode  # imports the current platform
+
+        vllm_config.compilation_config.mode = CompilationMode.NONE
+        vllm_config.compilation_config.custom_ops = ["none"]
+        define_missing_ops()

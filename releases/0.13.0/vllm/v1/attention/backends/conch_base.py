@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Base classes of the CONCH backend: what follows vLLM's attention interface closely.
+
+The KV cache of a layer is one logical tensor [num_blocks, 2, block_size, num_kv_heads,
+head_size], K before V, with the strides of the physical layout in use. forward writes
+the new tokens' K and V into it before it attends.
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+
+from vllm.attention.backends.abstract import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionType,
+    MultipleOf,
+)
+from vllm.config import VllmConfig
+from vllm.v1.attention.backends.utils import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    get_kv_cache_layout,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+__all__ = [
+    "AttentionCGSupport",
+    "AttentionLayer",
+    "AttentionSpec",
+    "AttentionType",
+    "CommonAttentionMetadata",
+    "ConchBackendBase",
+    "ConchBuilderBase",
+    "ConchImplBase",
+    "NEUTRAL_ARGUMENTS",
+    "PAGE_MULTIPLE",
+    "attends_both_ways",
+    "bound_kv_cache",
+    "conch_impls",
+    "key_value_views",
+    "max_decode_query_len",
+]
+
+PAGE_MULTIPLE = 16  # pages hold a multiple of so many tokens
+
+# Arguments that models pass to their attention layers, each with the value that
+# stands for not using the feature.
+NEUTRAL_ARGUMENTS: dict[str, Any] = {"sinks": None}
+
+# Physical order of the logical KV cache dimensions (block, K or V, slot, head, dim).
+PHYSICAL_ORDERS = {"NHD": (0, 1, 2, 3, 4), "HND": (0, 1, 3, 2, 4)}
+# The same for one cache of all layers, whose logical first dimension is the layer:
+# what belongs to a block, or to a head of a block, lies together.
+CROSS_LAYER_ORDERS = {"NHD": (1, 0, 2, 3, 4, 5), "HND": (1, 4, 0, 2, 3, 5)}
+
+
+def key_value_views(
+    kv_cache: torch.Tensor, head_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V as [num_blocks, block_size, num_kv_heads, head_size] views."""
+    key_cache, value_cache = kv_cache.unbind(1)
+    return key_cache, value_cache
+
+
+def bound_kv_cache(layer: AttentionLayer) -> torch.Tensor:
+    """The layer's KV cache; without elements until the engine has bound one."""
+    return layer.kv_cache[0]
+
+
+def conch_impls(layer: Any) -> list["ConchImplBase"]:
+    """The layer's implementation, if it is CONCH's."""
+    impl = getattr(layer, "impl", None)
+    return [impl] if isinstance(impl, ConchImplBase) else []
+
+
+def max_decode_query_len(vllm_config: VllmConfig) -> int:
+    """Tokens of a sequence that decodes: one, and what is speculated on."""
+    speculative_config = vllm_config.speculative_config
+    if speculative_config is None or not speculative_config.num_speculative_tokens:
+        return 1
+    return 1 + speculative_config.num_speculative_tokens
+
+
+def attends_both_ways(vllm_config: VllmConfig) -> bool:
+    """Whether the model's decoder layers may be asked for non-causal attention."""
+    return False
+
+
+class ConchBackendBase(AttentionBackend):
+    """The KV cache as CONCH wants it: one tensor, any physical layout."""
+
+    accept_output_buffer: bool = True
+
+    @staticmethod
+    def get_supported_kernel_block_sizes() -> list[int | MultipleOf]:
+        return [MultipleOf(PAGE_MULTIPLE)]
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        cache_dtype_str: str = "auto",
+    ) -> tuple[int, ...]:
+        if block_size % PAGE_MULTIPLE != 0:
+            raise ValueError(
+                f"CONCH cannot use pages of block_size {block_size}: the size must be "
+                f"a multiple of {PAGE_MULTIPLE}. Give another --block-size."
+            )
+        return (num_blocks, 2, block_size, num_kv_heads, head_size)
+
+    @staticmethod
+    def get_kv_cache_stride_order(
+        include_num_layers_dimension: bool = False,
+    ) -> tuple[int, ...]:
+        layout = get_kv_cache_layout()
+        if include_num_layers_dimension:
+            return CROSS_LAYER_ORDERS[layout]
+        return PHYSICAL_ORDERS[layout]
+
+
+class ConchBuilderBase(AttentionMetadataBuilder):
+    @abstractmethod
+    def update_schedules(self, metadata: Any) -> None:
+        """Recomputes the schedules from the lengths that are now on the device."""
+
+
+class ConchImplBase(AttentionImpl):
+    """Connects vLLM's one call per layer to write_kv_cache() and attend()."""
+
+    kv_sharing_target_layer_name: str | None
+
+    def __init__(self) -> None:
+        self.is_warm = False
+
+    @abstractmethod
+    def write_kv_cache(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Stores K and V of the new tokens in the cache."""
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Any,
+        output: torch.Tensor,
+    ) -> None:
+        """Writes the attention of the new tokens to everything in the cache."""
+
+    @abstractmethod
+    def warm_up(self, layer: AttentionLayer) -> None:
+        """Compiles every kernel that the layer can launch."""
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor | None = None,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if output is None:
+            raise ValueError("CONCH writes into a given output, but output is None.")
+        if attn_metadata is None:
+            # A dummy run: to profile, while there is no KV cache yet, or to warm up.
+            # The engine makes one of the latter before it serves, with graphs or
+            # without, so that this compiles the kernels in time.
+            if not self.is_warm and kv_cache.numel() > 0:
+                self.warm_up(layer)
+                self.is_warm = True
+            return output.fill_(0)
+        if output_scale is not None or output_block_scale is not None:
+            raise ValueError("CONCH does not quantise its output: output_scale given.")
+        if (
+            self.kv_sharing_target_layer_name is None
+            and key is not None
+            and value is not None
+        ):
+            self.write_kv_cache(layer, key, value, kv_cache, attn_metadata.slot_mapping)
+        self.attend(layer, query, kv_cache, attn_metadata, output)
+        return output

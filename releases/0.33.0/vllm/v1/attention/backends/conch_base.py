@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Base classes of the CONCH backend: what follows vLLM's attention interface closely.
+
+The KV cache of a layer is one logical tensor [num_blocks, num_kv_heads, block_size,
+2 * head_size] with the strides of whatever physical layout the engine chose; K is the
+first half of the last dimension, V the second. vLLM writes the cache through
+do_kv_cache_update before it calls forward.
+"""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+
+from vllm.config import VllmConfig
+from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+    max_decode_query_len,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
+
+__all__ = [
+    "AttentionCGSupport",
+    "AttentionLayer",
+    "AttentionSpec",
+    "AttentionType",
+    "CommonAttentionMetadata",
+    "ConchBackendBase",
+    "ConchBuilderBase",
+    "ConchImplBase",
+    "NEUTRAL_ARGUMENTS",
+    "PAGE_MULTIPLE",
+    "attends_both_ways",
+    "bound_kv_cache",
+    "conch_impls",
+    "key_value_views",
+    "max_decode_query_len",
+]
+
+PAGE_MULTIPLE = 16  # pages hold a multiple of so many tokens
+
+# Tokens per page where the user gave no --block-size.
+PREFERRED_BLOCK_SIZE = 128
+
+# Physical layouts of the KV cache, best first. None: any, as the engine prefers.
+PREFERRED_KV_CACHE_LAYOUTS: tuple[KVCacheLayout, ...] | None = None
+
+# Arguments that models pass to their attention layers, each with the value that
+# stands for not using the feature.
+NEUTRAL_ARGUMENTS: dict[str, Any] = {"sinks": None, "chunk_lookback": -1}
+
+
+def key_value_views(
+    kv_cache: torch.Tensor, head_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V as [num_blocks, block_size, num_kv_heads, head_size] views."""
+    key_cache, value_cache = kv_cache.transpose(1, 2).split(head_size, dim=-1)
+    return key_cache, value_cache
+
+
+def bound_kv_cache(layer: AttentionLayer) -> torch.Tensor:
+    """The layer's KV cache; without elements until the engine has bound one."""
+    return layer.kv_cache
+
+
+def attends_both_ways(vllm_config: VllmConfig) -> bool:
+    """Whether the model's decoder layers may be asked for non-causal attention."""
+    return vllm_config.attention_config.use_non_causal
+
+
+class ConchBackendBase(AttentionBackend):
+    """What CONCH takes part in, and what it prefers where vLLM asks."""
+
+    forward_includes_kv_cache_update: bool = False
+    # forward() reads K and V from the cache alone.
+    supports_kv_cache_update_bypass: bool = True
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: KVCacheSpec | None = None,
+    ) -> list[int | MultipleOf]:
+        return [MultipleOf(PAGE_MULTIPLE)]
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return True
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return max(default_block_size, PREFERRED_BLOCK_SIZE)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...] | None:
+        return PREFERRED_KV_CACHE_LAYOUTS
+
+
+class ConchBuilderBase(AttentionMetadataBuilder):
+    # Schedules are computed on the device from persistent tensors, so a speculator
+    # can record their update in the CUDA graph of its draft steps.
+    supports_draft_decode_metadata_update: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if kv_cache_spec.head_size_v != kv_cache_spec.head_size:
+            raise ValueError(
+                f"CONCH cannot run layers {layer_names}: head_size_v "
+                f"{kv_cache_spec.head_size_v} differs from head_size "
+                f"{kv_cache_spec.head_size}, only equal sizes are supported. Choose "
+                "another backend with --attention-backend."
+            )
+
+    @abstractmethod
+    def update_schedules(self, metadata: Any) -> None:
+        """Recomputes the schedules from the lengths that are now on the device."""
+
+    def update_draft_decode_metadata(self, metadata: Any) -> None:
+        self.update_schedules(metadata)
+
+
+class ConchImplBase(AttentionImpl):
+    """Connects vLLM's two calls per layer to write_kv_cache() and attend()."""
+
+    def __init__(self) -> None:
+        warm_up_kernel.register_warmup()
+
+    @abstractmethod
+    def write_kv_cache(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Stores K and V of the new tokens in the cache."""
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Any,
+        output: torch.Tensor,
+    ) -> None:
+        """Writes the attention of the new tokens to everything in the cache."""
+
+    @abstractmethod
+    def warm_up(self, layer: AttentionLayer) -> None:
+        """Compiles every kernel that the layer can launch."""
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        self.write_kv_cache(layer, key, value, kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if attn_metadata is None:  # profiling: there is no KV cache yet
+            return output.fill_(0)
+        if output_scale is not None or output_block_scale is not None:
+            raise ValueError("CONCH does not quantise its output: output_scale given.")
+        self.attend(layer, query, kv_cache, attn_metadata, output)
+        return output
+
+
+class ConchWarmUpKernel(VllmJitKernel[str]):
+    """vLLM's JIT warm-up, one key for every layer that CONCH runs.
+
+    vLLM asks for the keys once the KV caches are bound, before it captures CUDA
+    graphs and serves.
+    """
+
+    CompileKey = str  # a layer's name
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: dict[str, Any] = {}
+
+    def get_warmup_keys(self, vllm_config: VllmConfig) -> list[str]:
+        layers = vllm_config.compilation_config.static_forward_context
+        self.layers = {
+            name: layer for name, layer in layers.items() if conch_impls(layer)
+        }
+        return list(self.layers)
+
+    def compile(self, compile_key: str) -> None:
+        layer = self.layers.pop(compile_key)
+        for impl in conch_impls(layer):
+            impl.warm_up(layer)
+
+
+def conch_impls(layer: Any) -> list["ConchImplBase"]:
+    """The layer's implementations that are CONCH's: a composite backend has several."""
+    impl = getattr(layer, "impl", None)
+    variants = impl.get_impl_variants() if isinstance(impl, AttentionImpl) else ()
+    return [variant for variant in variants if isinstance(variant, ConchImplBase)]
+
+
+warm_up_kernel = ConchWarmUpKernel()

@@ -1,0 +1,534 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Attention backend CONCH: decoder attention and KV-cache write wholly in Triton.
+
+The kernels are in vllm.attention.ops.conch. Here is what connects them to vLLM: which
+configurations are supported, the metadata of a step, and the calls of a layer.
+conch_base.py holds what depends on the form of vLLM's interface.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, ClassVar
+
+import torch
+
+from vllm.attention.ops.conch import (
+    VarlenSchedule,
+    reshape_and_cache,
+    varlen_attention,
+)
+from vllm.config import (
+    CUDAGraphMode,
+    VllmConfig,
+    get_current_vllm_config,
+)
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends.conch_base import (
+    NEUTRAL_ARGUMENTS,
+    PAGE_MULTIPLE,
+    AttentionCGSupport,
+    AttentionLayer,
+    AttentionSpec,
+    AttentionType,
+    CommonAttentionMetadata,
+    ConchBackendBase,
+    ConchBuilderBase,
+    ConchImplBase,
+    attends_both_ways,
+    bound_kv_cache,
+    conch_impls,
+    key_value_views,
+    max_decode_query_len,
+)
+
+MIN_HEAD_SIZE = 16
+MAX_HEAD_SIZE = 512
+
+# Longest queries of the batches that warm-up runs: one for every variant that the
+# plan may choose. Longer queries than the last need no other variant.
+WARM_UP_QUERY_LENS = (1, 2, 4, 8, 16, 32)
+
+# Query heads and sliding window: layers of one group that agree share a schedule.
+ScheduleKey = tuple[int, int | None]
+
+
+def fp8_cache_dtype(kv_cache_dtype: str) -> torch.dtype | None:
+    """How an fp8 cache, allocated as bytes, is to be read; None if it is not fp8."""
+    if kv_cache_dtype == "fp8_e5m2":
+        return torch.float8_e5m2
+    if kv_cache_dtype in ("fp8", "fp8_e4m3"):
+        return current_platform.fp8_dtype()
+    return None
+
+
+def unsupported(
+    head_size: int,
+    dtype: torch.dtype,
+    kv_cache_dtype: str | None,
+    attn_type: str,
+    capability: DeviceCapability | None,
+) -> list[str]:
+    """Every reason, with what would do, why CONCH cannot run such a layer here."""
+    backend = ConchAttentionBackend
+    reasons = []
+    if not backend.supports_head_size(head_size):
+        reasons.append(
+            f"head_size {head_size} not supported: it must be from {MIN_HEAD_SIZE} "
+            f"to {MAX_HEAD_SIZE}"
+        )
+    if not backend.supports_dtype(dtype):
+        reasons.append(
+            f"dtype {dtype} not supported: it must be one of {backend.supported_dtypes}"
+        )
+    if not backend.supports_kv_cache_dtype(kv_cache_dtype):
+        reasons.append(
+            f"kv_cache_dtype {kv_cache_dtype} not supported: it must be one of "
+            f"{backend.supported_kv_cache_dtypes}"
+        )
+    elif kv_cache_dtype in ("float16", "bfloat16") and str(dtype) != (
+        f"torch.{kv_cache_dtype}"
+    ):
+        reasons.append(
+            f"kv_cache_dtype {kv_cache_dtype} not supported with dtype {dtype}: it "
+            "must be auto, the same or an fp8 format"
+        )
+    if not backend.supports_attn_type(attn_type):
+        reasons.append(
+            f"attention type {attn_type} not supported: only decoder attention is"
+        )
+    return reasons + unsupported_by_device(dtype, kv_cache_dtype, capability)
+
+
+def unsupported_by_device(
+    dtype: torch.dtype, kv_cache_dtype: str | None, capability: DeviceCapability | None
+) -> list[str]:
+    """The reasons that lie in the device: number formats that it lacks."""
+    reasons = []
+    is_e4m3 = kv_cache_dtype in ("fp8", "fp8_e4m3")
+    if current_platform.is_cuda() and capability is not None:
+        version = capability.as_version_str()
+        if dtype == torch.bfloat16 and capability < DeviceCapability(8, 0):
+            reasons.append(
+                f"dtype torch.bfloat16 needs compute capability 8.0, this device has "
+                f"{version}: use --dtype float16"
+            )
+        if is_e4m3 and capability < DeviceCapability(8, 9):
+            reasons.append(
+                f"kv_cache_dtype {kv_cache_dtype} needs compute capability 8.9, this "
+                f"device has {version}: use --kv-cache-dtype fp8_e5m2 or auto"
+            )
+    if current_platform.is_rocm() and is_e4m3 and not current_platform.supports_fp8():
+        reasons.append(
+            f"kv_cache_dtype {kv_cache_dtype} needs a device with fp8 instructions: "
+            "use --kv-cache-dtype fp8_e5m2 or auto"
+        )
+    return reasons
+
+
+# vLLM's short reasons, in whose place `unsupported` gives the whole ones.
+BRIEF_REASONS = (
+    "head_size not supported",
+    "dtype not supported",
+    "kv_cache_dtype not supported",
+)
+
+
+class ConchAttentionBackend(ConchBackendBase):
+    """What CONCH supports; everything else is refused when the engine starts."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+    ]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [
+        "auto",
+        "float16",
+        "bfloat16",
+        "fp8",
+        "fp8_e4m3",
+        "fp8_e5m2",
+    ]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CONCH"
+
+    @staticmethod
+    def get_impl_cls() -> type["ConchAttentionImpl"]:
+        return ConchAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["ConchAttentionMetadataBuilder"]:
+        return ConchAttentionMetadataBuilder
+
+    @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        return block_size is None or (
+            block_size > 0 and block_size % PAGE_MULTIPLE == 0
+        )
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE
+
+    @classmethod
+    def validate_configuration(cls, **configuration: Any) -> list[str]:
+        """Every reason why this configuration cannot run, none if it can."""
+        attn_type = configuration["attn_type"]
+        brief = (*BRIEF_REASONS, f"attention type {attn_type} not supported")
+        reasons = unsupported(
+            configuration["head_size"],
+            configuration["dtype"],
+            configuration["kv_cache_dtype"],
+            attn_type,
+            configuration["device_capability"],
+        )
+        for reason in super().validate_configuration(**configuration):
+            if reason == "block_size not supported":
+                reason = (
+                    f"block_size {configuration['block_size']} not supported: it must "
+                    f"be a multiple of {PAGE_MULTIPLE}"
+                )
+            if reason not in brief:
+                reasons.append(reason)
+        return reasons
+
+
+@dataclass
+class ConchAttentionMetadata:
+    """One step's batch, for all layers of a group.
+
+    |------------------- seq_len -------------------|
+    |---- context, cached ----|----- query_len -----|
+    """
+
+    num_actual_tokens: int  # CUDA-graph padding included
+    max_query_len: int  # what the kernels are chosen for, no query is longer
+    query_start_loc: torch.Tensor  # [num_reqs + 1]
+    seq_lens: torch.Tensor  # [num_reqs]
+    block_table: torch.Tensor  # [num_reqs, max_blocks]
+    slot_mapping: torch.Tensor  # [num_actual_tokens]
+    causal: bool
+    schedules: dict[ScheduleKey, VarlenSchedule]
+
+
+class ConchAttentionMetadataBuilder(ConchBuilderBase):
+    """Turns a batch into metadata: host integers and persistent device buffers.
+
+    Lengths are read on the device alone, in one small kernel per schedule, so there
+    is no synchronisation and any batch can replay a CUDA graph that it fits.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.decode_query_len = max_decode_query_len(vllm_config)
+        self.schedules: dict[ScheduleKey, VarlenSchedule] = {}
+        layers = vllm_config.compilation_config.static_forward_context
+        for name in layer_names:
+            for impl in conch_impls(layers[name]):
+                if impl.schedule_key not in self.schedules:
+                    self.schedules[impl.schedule_key] = impl.make_schedule(
+                        kv_cache_spec.block_size, device
+                    )
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> ConchAttentionMetadata:
+        common = common_attn_metadata
+        if not isinstance(common.causal, bool):
+            raise ValueError(
+                f"CONCH cannot run a batch with causal={common.causal}: it must be "
+                "True or False for the whole batch. Choose another backend with "
+                "--attention-backend."
+            )
+        max_model_len = self.vllm_config.model_config.max_model_len
+        if common.max_seq_len > max_model_len:
+            # Only dummy batches claim more than block tables have entries for.
+            common.seq_lens.clamp_(max=max_model_len)
+        metadata = ConchAttentionMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=self.launch_query_len(common),
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+            causal=common.causal,
+            schedules=self.schedules,
+        )
+        self.update_schedules(metadata)
+        return metadata
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> ConchAttentionMetadata:
+        # Nothing depends on the lengths at capture; the shortest are the fastest.
+        # The schedules are computed from the lengths, so these come first.
+        common_attn_metadata.seq_lens.fill_(1)
+        return self.build(0, common_attn_metadata)
+
+    def launch_query_len(self, common: CommonAttentionMetadata) -> int:
+        """The query length that a batch's kernels are chosen for.
+
+        A CUDA graph keeps the kernels of its capture, so all batches that can replay
+        it must ask for the same ones. A graph of mixed batches serves any batch with
+        as many tokens. Other full graphs serve decodes, of up to decode_query_len
+        tokens.
+        """
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        if mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL:
+            return common.num_actual_tokens
+        return max(common.max_query_len, self.decode_query_len)
+
+    def update_schedules(self, metadata: ConchAttentionMetadata) -> None:
+        for schedule in self.schedules.values():
+            schedule.update(
+                metadata.query_start_loc,
+                metadata.seq_lens,
+                max_query_len=metadata.max_query_len,
+                num_tokens=metadata.num_actual_tokens,
+            )
+
+
+class ConchAttentionImpl(ConchImplBase):
+    """One layer's attention.
+
+    Raises:
+        ValueError: with every reason, if CONCH cannot run the layer.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.sliding_window = sliding_window
+        self.softcap = logits_soft_cap or 0.0
+        self.kv_cache_dtype = kv_cache_dtype
+        self.fp8_dtype = fp8_cache_dtype(kv_cache_dtype)
+        self.dtype = torch.get_default_dtype()  # the model's, while it is built
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.schedule_key: ScheduleKey = (num_heads, sliding_window)
+        self.vllm_config = get_current_vllm_config()
+        # The bound cache and its K and V views, which would cost every call anew.
+        self.kv_cache: torch.Tensor | None = None
+        self.key_value: tuple[torch.Tensor, torch.Tensor] | None = None
+
+        reasons = unsupported(
+            head_size,
+            self.dtype,
+            kv_cache_dtype,
+            attn_type,
+            current_platform.get_device_capability(),
+        )
+        model_config = self.vllm_config.model_config
+        if model_config is not None and model_config.is_mm_prefix_lm:
+            reasons.append("partial multimodal token full attention not supported")
+        if alibi_slopes is not None:
+            reasons.append("ALiBi not supported")
+        if self.dcp_world_size > 1:
+            reasons.append("decode context parallelism (DCP) not supported")
+        if self.pcp_world_size > 1:
+            reasons.append("prefill context parallelism (PCP) not supported")
+        for name, value in arguments.items():
+            neutral = NEUTRAL_ARGUMENTS.get(name)
+            if isinstance(value, torch.Tensor) or value != neutral:
+                reasons.append(f"{name} not supported")
+        if reasons:
+            raise ValueError(
+                "CONCH cannot run this model's attention: "
+                + "; ".join(reasons)
+                + ". Choose another backend with --attention-backend."
+            )
+
+    def key_value_caches(
+        self, kv_cache: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V views of the layer's cache, in the dtype that its bytes stand for."""
+        if kv_cache is not self.kv_cache or self.key_value is None:
+            key_cache, value_cache = key_value_views(kv_cache, self.head_size)
+            if self.fp8_dtype is not None:
+                key_cache = key_cache.view(self.fp8_dtype)
+                value_cache = value_cache.view(self.fp8_dtype)
+            self.kv_cache = kv_cache
+            self.key_value = (key_cache, value_cache)
+        return self.key_value
+
+    def write_kv_cache(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        if kv_cache.numel() == 0:  # profiling
+            return
+        key_cache, value_cache = self.key_value_caches(kv_cache)
+        is_fp8 = self.fp8_dtype is not None
+        reshape_and_cache(
+            key,
+            value,
+            key_cache,
+            value_cache,
+            slot_mapping,
+            k_scale=layer._k_scale if is_fp8 else None,
+            v_scale=layer._v_scale if is_fp8 else None,
+        )
+
+    def attend(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: ConchAttentionMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        key_cache, value_cache = self.key_value_caches(kv_cache)
+        is_fp8 = self.fp8_dtype is not None
+        varlen_attention(
+            query,
+            key_cache,
+            value_cache,
+            output,
+            metadata.query_start_loc,
+            metadata.seq_lens,
+            metadata.block_table,
+            max_query_len=metadata.max_query_len,
+            scale=self.scale,
+            causal=metadata.causal,
+            softcap=self.softcap,
+            sliding_window=self.sliding_window,
+            k_scale=layer._k_scale if is_fp8 else None,
+            v_scale=layer._v_scale if is_fp8 else None,
+            schedule=metadata.schedules[self.schedule_key],
+        )
+
+    def make_schedule(self, block_size: int, device: torch.device) -> VarlenSchedule:
+        """A schedule for this layer and all that share its schedule_key."""
+        scheduler_config = self.vllm_config.scheduler_config
+        decode_query_len = max_decode_query_len(self.vllm_config)
+        max_num_seqs = scheduler_config.max_num_seqs
+        return VarlenSchedule(
+            max_num_seqs=max_num_seqs,
+            max_num_tokens=max(
+                scheduler_config.max_num_batched_tokens,
+                max_num_seqs * decode_query_len,
+            ),
+            num_query_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            block_size=block_size,
+            query_dtype=self.dtype,
+            kv_dtype=self.dtype if self.fp8_dtype is None else self.fp8_dtype,
+            device=device,
+            sliding_window=self.sliding_window,
+            decode_query_len=decode_query_len,
+        )
+
+    def warm_up(self, layer: AttentionLayer) -> None:
+        """Runs dummy batches that between them need every kernel of this layer.
+
+        They read the page that vLLM keeps free of data and write to no slot.
+        """
+        kv_cache = bound_kv_cache(layer)
+        if kv_cache.numel() == 0:
+            return
+        block_size = self.key_value_caches(kv_cache)[0].shape[1]
+        schedule = self.make_schedule(block_size, kv_cache.device)
+        causal_modes = (True, False) if attends_both_ways(self.vllm_config) else (True,)
+        decode_query_len = max_decode_query_len(self.vllm_config)
+        query_lens = {max(length, decode_query_len) for length in WARM_UP_QUERY_LENS}
+        for query_len, causal, packed in product(
+            sorted(query_lens), causal_modes, (False, True)
+        ):
+            if query_len <= schedule.max_num_tokens:
+                self.run_dummy_batch(
+                    layer, kv_cache, schedule, query_len, causal, packed
+                )
+
+    def run_dummy_batch(
+        self,
+        layer: AttentionLayer,
+        kv_cache: torch.Tensor,
+        schedule: VarlenSchedule,
+        query_len: int,
+        causal: bool,
+        packed: bool,
+    ) -> None:
+        """Writes and attends one sequence.
+
+        Args:
+            layer: the layer of this implementation.
+            kv_cache: its cache.
+            schedule: made for the layer.
+            query_len: the sequence's length.
+            causal: whether attention is causal.
+            packed: whether query, key and value are slices of one tensor, as many
+                models pass them, or each has its own: kernels are compiled for
+                the alignment of strides.
+        """
+        device = kv_cache.device
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        if packed:
+            packed_rows = torch.zeros(
+                query_len, sum(heads), self.head_size, dtype=self.dtype, device=device
+            )
+            query, key, value = packed_rows.split(heads, dim=1)
+        else:
+            query, key, value = (
+                torch.zeros(
+                    query_len, count, self.head_size, dtype=self.dtype, device=device
+                )
+                for count in heads
+            )
+
+        def integers(*values: int) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        max_blocks = -(-self.vllm_config.model_config.max_model_len // 16)
+        metadata = ConchAttentionMetadata(
+            num_actual_tokens=query_len,
+            max_query_len=query_len,
+            query_start_loc=integers(0, query_len),
+            seq_lens=integers(query_len),
+            block_table=integers(0).expand(1, max_blocks).contiguous(),
+            slot_mapping=torch.full((query_len,), -1, device=device),
+            causal=causal,
+            schedules={self.schedule_key: schedule},
+        )
+        schedule.update(
+            metadata.query_start_loc,
+            metadata.seq_lens,
+            max_query_len=query_len,
+            num_tokens=query_len,
+        )
+        self.write_kv_cache(layer, key, value, kv_cache, metadata.slot_mapping)
+        self.attend(layer, query, kv_cache, metadata, torch.empty_like(query))
