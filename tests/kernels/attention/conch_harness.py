@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What the CONCH attention tests share: devices, poisoned batches, run and compare.
+
+A test module imports `poisoned_scratch` so that every one of its tests runs with
+NaN in the memory that CONCH allocates and does not initialise.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from tests.kernels.attention.conch_reference import (
+    FP8_DTYPES,
+    SENTINEL,
+    Attention,
+    first_visible_key,
+    lse_tolerance,
+    make_caches,
+    nan_filled,
+    output_tolerance,
+    paged_attention,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = torch.cuda.is_available() and not INTERPRETED
+if not (ON_GPU or INTERPRETED):
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+from vllm.attention.ops.conch import VarlenSchedule, varlen_attention  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+# The interpreter computes wrongly in bf16.
+HALF_DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
+DTYPES = [torch.float32, *HALF_DTYPES]
+KV_FP8_DTYPES = [current_platform.fp8_dtype(), torch.float8_e5m2]
+gpu_only = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+
+ALLOCATORS = [
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised tensors that CONCH allocates hold NaN, or a huge integer."""
+
+    def poisoned(allocate):
+        def wrapper(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            return poison(tensor) if "attention.ops.conch" in caller else tensor
+
+        return wrapper
+
+    for owner, name in ALLOCATORS:
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fills a tensor with NaN, or with what its dtype has that is as bad."""
+    if tensor.dtype in FP8_DTYPES:
+        return tensor.view(torch.uint8).fill_(0x7F).view(tensor.dtype)
+    if tensor.dtype.is_floating_point:
+        return tensor.fill_(math.nan)
+    return tensor.fill_(True if tensor.dtype == torch.bool else 0x71)
+
+
+@dataclass
+class Batch:
+    """The tensors of one `varlen_attention` call and the options that shape them."""
+
+    query: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    max_query_len: int
+    scale: float
+    causal: bool = True
+    softcap: float = 0.0
+    sliding_window: int | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+    @property
+    def num_live_tokens(self) -> int:
+        return int(self.query_start_loc[-1])
+
+    @property
+    def options(self) -> dict:
+        names = ("scale", "causal", "softcap", "sliding_window", "k_scale", "v_scale")
+        return {name: getattr(self, name) for name in names}
+
+    def reference(self, dtype: torch.dtype = torch.float64) -> Attention:
+        return paged_attention(
+            self.query,
+            self.key_cache,
+            self.value_cache,
+            self.query_start_loc,
+            self.seq_lens,
+            self.block_table,
+            **self.options,
+            dtype=dtype,
+        )
+
+
+def make_query(
+    num_tokens: int,
+    padding: int,
+    num_query_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> torch.Tensor:
+    """The query third of a fused QKV projection; padding rows and K, V are NaN."""
+    width = (num_query_heads + 2 * num_kv_heads) * head_size
+    fused = nan_filled(num_tokens + padding, width, dtype=dtype, device=device)
+    query = fused[:, : num_query_heads * head_size].unflatten(1, (-1, head_size))
+    query[:num_tokens] = torch.randn(query[:num_tokens].shape, device=device).to(dtype)
+    return query
+
+
+def make_block_table(
+    page_ranges: Sequence[tuple[int, int]], shared_pages: int
+) -> tuple[torch.Tensor, int]:
+    """Random pages for each sequence's [begin, end) pages, and the pool's size.
+
+    Block 0 belongs to nobody; entries outside the range are random huge numbers.
+    The first `shared_pages` pages are the same for all sequences.
+    """
+    width = max((end for _, end in page_ranges), default=0) + 2
+    table = torch.randint(2**30, 2**31 - 1, (len(page_ranges), width))
+    num_blocks = 2 + shared_pages + sum(end for _, end in page_ranges)
+    shared, free = (1 + torch.randperm(num_blocks - 1)).tensor_split([shared_pages])
+    for row, (begin, end) in zip(table, page_ranges):
+        row[begin:end], free = free[: end - begin], free[end - begin :]
+        reused = slice(begin, min(end, shared_pages))
+        row[reused] = shared[reused]
+    return table, num_blocks
+
+
+def make_batch(
+    lengths: Sequence[tuple[int, int]],
+    *,
+    num_query_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_size: int = 32,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
+    layout: str = "NHD",
+    padding: int = 3,
+    shared_pages: int = 0,
+    logit_std: float = 1.0,
+    value_mean: float = 0.5,
+    causal: bool = True,
+    softcap: float = 0.0,
+    sliding_window: int | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    seed: int = 0,
+    device: torch.device | str = DEVICE,
+) -> Batch:
+    """A batch of sequences of (query_len, seq_len) with poison wherever none reads.
+
+    NaN stands in block 0, in every slot past a sequence's end, in every page
+    before the window and in the padding rows of the query; the block-table
+    entries of such pages are huge.
+    """
+    torch.manual_seed(seed)
+    pages = []
+    for query_len, seq_len in lengths:
+        begin = first_visible_key(query_len, seq_len, sliding_window)
+        pages.append((begin // block_size, -(-seq_len // block_size)))
+    table, num_blocks = make_block_table(pages, shared_pages)
+    cache_shape = (layout, num_blocks, block_size, num_kv_heads, head_size)
+    caches = make_caches(*cache_shape, kv_dtype or dtype, device)
+    means, scales = (0.0, value_mean), (k_scale, v_scale)
+    for cache, mean, cache_scale in zip(caches, means, scales):
+        for (begin, _), (_, seq_len), row in zip(pages, lengths, table):
+            position = torch.arange(min(begin * block_size, seq_len), seq_len)
+            rows = torch.randn(len(position), num_kv_heads, head_size, device=device)
+            rows = (rows + mean) / (cache_scale or 1.0)
+            block, slot = row[position // block_size], position % block_size
+            cache[block.to(device), slot.to(device)] = rows.to(cache.dtype)
+    # Rows and entries that vLLM's persistent buffers have beyond this batch.
+    buffer = torch.full((len(table) + 1, table.shape[1] + 3), 2**31 - 1)
+    buffer[:-1, :-3] = table
+    query_lens = [query_len for query_len, _ in lengths]
+    heads = (num_query_heads, num_kv_heads, head_size)
+    integers = {"dtype": torch.int32, "device": device}
+    floats = {"dtype": torch.float32, "device": device}
+    return Batch(
+        make_query(sum(query_lens), padding, *heads, dtype, device),
+        *caches,
+        query_start_loc=torch.tensor([0, *query_lens]).cumsum(0).to(**integers),
+        seq_lens=torch.tensor([seq_len for _, seq_len in lengths], **integers),
+        block_table=buffer.to(**integers)[:-1, :-3],
+        max_query_len=max(query_lens, default=0),
+        scale=logit_std / math.sqrt(head_size),
+        causal=causal,
+        softcap=softcap,
+        sliding_window=sliding_window,
+        k_scale=None if k_scale is None else torch.tensor([k_scale], **floats),
+        v_scale=None if v_scale is None else torch.tensor([v_scale], **floats),
+    )
+
+
+def make_schedule(batch: Batch, **options) -> VarlenSchedule:
+    """A schedule that batches up to this one's size share."""
+    options = {
+        "max_num_seqs": len(batch.seq_lens),
+        "max_num_tokens": len(batch.query),
+        "sliding_window": batch.sliding_window,
+    } | options
+    return VarlenSchedule(
+        num_query_heads=batch.query.shape[1],
+        num_kv_heads=batch.key_cache.shape[2],
+        head_size=batch.query.shape[2],
+        block_size=batch.key_cache.shape[1],
+        query_dtype=batch.query.dtype,
+        kv_dtype=batch.key_cache.dtype,
+        device=batch.query.device,
+        **options,
+    )
+
+
+def update(schedule: VarlenSchedule, batch: Batch) -> VarlenSchedule:
+    """Tells a schedule the lengths of this batch, as a metadata builder does."""
+    schedule.update(
+        batch.query_start_loc,
+        batch.seq_lens,
+        max_query_len=batch.max_query_len,
+        num_tokens=len(batch.query),
+    )
+    return schedule
+
+
+def call(
+    batch: Batch,
+    output: torch.Tensor,
+    lse: torch.Tensor | None = None,
+    schedule: VarlenSchedule | None = None,
+) -> None:
+    """`varlen_attention` with the arguments of a batch."""
+    varlen_attention(
+        batch.query,
+        batch.key_cache,
+        batch.value_cache,
+        output,
+        batch.query_start_loc,
+        batch.seq_lens,
+        batch.block_table,
+        max_query_len=batch.max_query_len,
+        **batch.options,
+        output_lse=lse,
+        schedule=schedule,
+    )
+
+
+def attend(
+    batch: Batch, schedule: VarlenSchedule | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and LSE of CONCH; fails if anything but the live rows was written."""
+    num_tokens, num_heads, head_size = batch.query.shape
+    # A head more than the output has: its rows are strided.
+    buffer = torch.full(
+        (num_tokens, num_heads + 1, head_size),
+        SENTINEL,
+        dtype=batch.query.dtype,
+        device=batch.query.device,
+    )
+    output = buffer[:, :num_heads]
+    lse = torch.full((num_tokens, num_heads), SENTINEL, device=batch.query.device)
+    call(batch, output, lse, schedule)
+    live = batch.num_live_tokens
+    for name, untouched in (
+        ("output rows of no sequence", output[live:]),
+        ("memory between output rows", buffer[:, num_heads:]),
+        ("LSE rows of no sequence", lse[live:]),
+    ):
+        assert bool((untouched == SENTINEL).all()), f"{name} were written"
+    return output[:live], lse[:live]
+
+
+def assert_close(
+    name: str, actual: torch.Tensor, expected: torch.Tensor, allowed: torch.Tensor
+) -> None:
+    """Fails with the worst element; infinities must match, NaN never does."""
+    error = (actual.double() - expected).abs()
+    good = (error <= allowed) | (actual == expected)
+    if bool(good.all()):
+        return
+    excess = torch.where(good, 0.0, (error / allowed).nan_to_num(math.inf))
+    worst = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+    raise AssertionError(
+        f"{name}: {int((~good).sum())} of {good.numel()} elements differ; "
+        f"worst at {worst}: {actual[worst].item()}, expected {expected[worst].item()} "
+        f"within {allowed[worst].item():.3g}"
+    )
+
+
+def check(
+    batch: Batch, schedule: VarlenSchedule | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs CONCH, compares output and LSE with the reference and returns them."""
+    output, lse = attend(batch, schedule)
+    compare(batch, output, lse)
+    return output, lse
+
+
+def compare(batch: Batch, output: torch.Tensor, lse: torch.Tensor) -> None:
+    """Compares the live rows with the reference."""
+    reference = Attention(*(t[: batch.num_live_tokens] for t in batch.reference()))
+    allowed = output_tolerance(reference, batch.query.dtype)
+    assert_close("output", output, reference.output, allowed)
+    assert_close("LSE", lse, reference.lse, lse_tolerance(reference))

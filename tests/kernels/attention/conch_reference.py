@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The reference of the CONCH attention tests and benchmarks, and its KV caches.
+
+`attention` is the definition in plain PyTorch for one sequence and
+`paged_attention` applies it to every sequence of a paged KV cache. Both work in
+fp64 unless told otherwise and share no code with the kernels.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
+SENTINEL = 17.0
+"""Stands in every output element before a call; exact in every dtype."""
+
+
+class Attention(NamedTuple):
+    """Attention's result, and how sensitive each number of it is to rounding."""
+
+    output: torch.Tensor
+    """[num_tokens, num_query_heads, head_size]; 0 where no key is visible."""
+    lse: torch.Tensor
+    """[num_tokens, num_query_heads], natural logarithm; -inf where no key is."""
+    output_noise: torch.Tensor
+    """Like output: sqrt(sum p^2 v^2), its standard deviation when each probability
+    carries an independent relative error of standard deviation 1."""
+    output_drift: torch.Tensor
+    """Like output: bound of its error when each logit carries an error as large as
+    the sum of the magnitudes that it is computed from."""
+    lse_drift: torch.Tensor
+    """The same for lse."""
+
+
+def visible_keys(
+    query_len: int,
+    seq_len: int,
+    first_key: int,
+    *,
+    causal: bool,
+    sliding_window: int | None,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """The mask [query_len, seq_len - first_key] of who sees which key.
+
+    Query i stands at position seq_len - query_len + i, behind the cached context.
+    A window of w shows the w keys that end at that position; without causality
+    also the w - 1 keys behind it.
+    """
+    position = seq_len - query_len + torch.arange(query_len, device=device)[:, None]
+    key = torch.arange(first_key, seq_len, device=device)[None, :]
+    distance = position - key
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if causal:
+        visible &= distance >= 0
+    if sliding_window is not None:
+        visible &= distance.abs() < sliding_window
+    return visible
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+) -> Attention:
+    """Attention of one sequence, computed in `dtype`.
+
+    Args:
+        query: [query_len, num_query_heads, head_size].
+        key: [num_keys, num_kv_heads, head_size].
+        value: Like key.
+        visible: [query_len, num_keys] bool, see `visible_keys`.
+        scale: Multiplies query @ key.
+        softcap: Logits become softcap * tanh(logit / softcap); 0 for none.
+        dtype: Of all arithmetic. The dtype of the query gives what a plain
+            half-precision implementation reaches.
+    """
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    query = query.to(dtype).unflatten(1, (num_kv_heads, num_heads // num_kv_heads))
+    # Scaling one operand, not the sum, keeps half precision in range.
+    key, value = key.to(dtype) * scale, value.to(dtype)
+    logits = torch.einsum("qhgd,khd->qhgk", query, key)
+    magnitude = torch.einsum("qhgd,khd->qhgk", query.abs(), key.abs())
+    if softcap:
+        capped = torch.tanh(logits / softcap)
+        magnitude = magnitude * (1 - capped**2) + softcap
+        logits = softcap * capped
+    logits = logits.masked_fill(~visible[:, None, None, :], -math.inf)
+    lse = torch.logsumexp(logits, dim=-1)
+    # A row that sees nothing has lse -inf, and exp(-inf - -inf) would be NaN.
+    finite_lse = lse.masked_fill(lse == -math.inf, 0)
+    probability = torch.exp(logits - finite_lse[..., None])
+    output = torch.einsum("qhgk,khd->qhgd", probability, value)
+    noise = torch.einsum("qhgk,khd->qhgd", probability**2, value**2).sqrt()
+    error = probability * (1 + magnitude)
+    lse_drift = error.sum(-1)
+    drift = torch.einsum("qhgk,khd->qhgd", error, value.abs())
+    drift += output.abs() * lse_drift[..., None]
+    lse_drift += finite_lse.abs()
+    return Attention(*(t.flatten(1, 2) for t in (output, lse, noise, drift, lse_drift)))
+
+
+def gather_pages(
+    cache: torch.Tensor, blocks: torch.Tensor, begin: int, end: int
+) -> torch.Tensor:
+    """The cache's rows [end - begin, num_kv_heads, head_size] of one sequence."""
+    position = torch.arange(begin, end, device=cache.device)
+    block_size = cache.shape[1]
+    return cache[blocks[position // block_size].long(), position % block_size]
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    softcap: float = 0.0,
+    sliding_window: int | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Attention:
+    """Attention of a batch over a paged cache; arguments as for `varlen_attention`.
+
+    Reads nothing that no query sees: neither pages before the window nor slots
+    past a sequence's end. Rows of no sequence come back as `SENTINEL`.
+    """
+    num_tokens, num_heads, _ = query.shape
+    wide = torch.full_like(query, SENTINEL, dtype=dtype)
+    narrow = wide[..., 0]
+    whole = Attention(*(t.clone() for t in (wide, narrow, wide, wide, narrow)))
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    for i, seq_len in enumerate(lengths):
+        start, query_len = starts[i], starts[i + 1] - starts[i]
+        begin = first_visible_key(query_len, seq_len, sliding_window)
+        key = gather_pages(key_cache, block_table[i], begin, seq_len).to(dtype)
+        value = gather_pages(value_cache, block_table[i], begin, seq_len).to(dtype)
+        key = key if k_scale is None else key * k_scale.to(dtype)
+        value = value if v_scale is None else value * v_scale.to(dtype)
+        visible = visible_keys(
+            query_len,
+            seq_len,
+            begin,
+            causal=causal,
+            sliding_window=sliding_window,
+            device=query.device,
+        )
+        # Logits of at most 2^26 elements at a time.
+        step = max(1, 2**26 // max(1, num_heads * (seq_len - begin)))
+        for row in range(0, query_len, step):
+            rows = slice(start + row, start + min(row + step, query_len))
+            part = attention(
+                query[rows],
+                key,
+                value,
+                visible[row : row + step],
+                scale=scale,
+                softcap=softcap,
+                dtype=dtype,
+            )
+            for target, source in zip(whole, part):
+                target[rows] = source
+    return whole
+
+
+def first_visible_key(query_len: int, seq_len: int, sliding_window: int | None) -> int:
+    """The first key that any query of a sequence sees."""
+    if sliding_window is None:
+        return 0
+    return min(max(seq_len - query_len - sliding_window + 1, 0), seq_len)
+
+
+def _nhd(nb: int, bs: int, h: int, d: int, new) -> tuple[torch.Tensor, torch.Tensor]:
+    return new(nb, bs, h, d), new(nb, bs, h, d)
+
+
+def _hnd(nb: int, bs: int, h: int, d: int, new) -> tuple[torch.Tensor, torch.Tensor]:
+    return new(nb, h, bs, d).transpose(1, 2), new(nb, h, bs, d).transpose(1, 2)
+
+
+def _interleaved(nb: int, bs: int, h: int, d: int, new) -> tuple[torch.Tensor, ...]:
+    return new(nb, 2, bs, h, d).unbind(1)
+
+
+def _packed_nhd(nb: int, bs: int, h: int, d: int, new) -> tuple[torch.Tensor, ...]:
+    return new(nb, bs, h, 2 * d).split(d, dim=-1)
+
+
+def _packed_hnd(nb: int, bs: int, h: int, d: int, new) -> tuple[torch.Tensor, ...]:
+    return new(nb, h, bs, 2 * d).transpose(1, 2).split(d, dim=-1)
+
+
+def _unlike(nb: int, bs: int, h: int, d: int, new) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every stride of V differs from K's; pages of V are padded."""
+    return new(nb, bs, h, d), new(nb + 1, h + 1, bs + 2, d + 16)[
+        1:, 1:, 1:-1, :d
+    ].transpose(1, 2)
+
+
+LAYOUTS = {
+    "NHD": _nhd,
+    "HND": _hnd,
+    "interleaved": _interleaved,
+    "packed_NHD": _packed_nhd,
+    "packed_HND": _packed_hnd,
+    "unlike": _unlike,
+}
+
+
+def nan_filled(
+    *shape: int, dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """A tensor of NaN, in fp8 too."""
+    if dtype in FP8_DTYPES:
+        pattern = 0x80 if dtype == torch.float8_e4m3fnuz else 0x7F
+        filled = torch.full(shape, pattern, dtype=torch.uint8, device=device)
+        return filled.view(dtype)
+    return torch.full(shape, math.nan, dtype=dtype, device=device)
+
+
+def make_caches(
+    layout: str,
+    num_blocks: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V views [num_blocks, block_size, num_kv_heads, head_size] of NaN."""
+
+    def new(*shape: int) -> torch.Tensor:
+        return nan_filled(*shape, dtype=dtype, device=device)
+
+    key, value = LAYOUTS[layout](num_blocks, block_size, num_kv_heads, head_size, new)
+    return key, value
+
+
+def output_tolerance(reference: Attention, dtype: torch.dtype) -> torch.Tensor:
+    """How far, element by element, an output of `dtype` may be from the reference.
+
+    For an implementation that keeps logits, softmax state and accumulator in fp32
+    and rounds to `dtype` twice: the probabilities before they meet V, and the
+    output. A rounding is off by at most u, with a standard deviation of u / sqrt 3,
+    so four times the noise is seven standard deviations. What fp32 adds is a few
+    units of 2^-24 of the magnitudes that went into it.
+    """
+    unit = torch.finfo(dtype).eps / 2
+    rounding = unit * (reference.output.abs() + 4 * reference.output_noise)
+    return rounding + 8 * 2.0**-24 * reference.output_drift
+
+
+def lse_tolerance(reference: Attention) -> torch.Tensor:
+    """The same for the LSE, which no rounding to 16 bits touches."""
+    return 8 * 2.0**-24 * reference.lse_drift

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Every call that CONCH cannot serve is a ValueError that names the argument."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.kernels.attention.conch_harness import (  # noqa: F401
+    DEVICE,
+    ON_GPU,
+    Batch,
+    call,
+    make_batch,
+    make_schedule,
+    poisoned_scratch,
+    update,
+)
+from tests.kernels.attention.conch_reference import SENTINEL
+
+
+def strided_last(tensor: torch.Tensor) -> torch.Tensor:
+    """The same shape with a last stride of 2."""
+    return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor on another device."""
+    return torch.empty_like(tensor, device="cpu" if ON_GPU else "meta")
+
+
+def change(name: str, how: Callable) -> Callable[[Batch], Batch]:
+    """A batch with one field replaced by how(field)."""
+    return lambda batch: dataclasses.replace(batch, **{name: how(getattr(batch, name))})
+
+
+def made_for(**options) -> Callable[[Batch], Batch]:
+    """A batch of another shape, whatever its lengths."""
+    return lambda batch: make_batch([(1, 20), (3, 3)], **options)
+
+
+# Argument that the message names, what is wrong, and how a good batch becomes bad.
+BAD_BATCHES = [
+    ("query", "2-D", change("query", lambda t: t.flatten(1))),
+    ("query", "int32", change("query", lambda t: t.int())),
+    ("query", "float64", change("query", lambda t: t.double())),
+    ("query", "last stride", change("query", strided_last)),
+    ("query", "head ratio", change("query", lambda t: t[:, :3])),
+    ("query", "head size 8", made_for(head_size=8)),
+    ("query", "head size 528", made_for(head_size=528)),
+    ("key_cache", "3-D", change("key_cache", lambda t: t[:, :, 0])),
+    ("key_cache", "other dtype", change("key_cache", lambda t: t.half())),
+    ("key_cache", "raw fp8 bytes", change("key_cache", lambda t: t.to(torch.uint8))),
+    ("key_cache", "last stride", change("key_cache", strided_last)),
+    ("key_cache", "head size", change("key_cache", lambda t: t[..., :16])),
+    ("key_cache", "page of 8", change("key_cache", lambda t: t[:, :8])),
+    ("key_cache", "page of 24", made_for(block_size=24)),
+    ("key_cache", "device", change("key_cache", elsewhere)),
+    ("value_cache", "shape", change("value_cache", lambda t: t[:, :, :1])),
+    ("value_cache", "pages", change("value_cache", lambda t: t[1:])),
+    ("value_cache", "dtype", change("value_cache", lambda t: t.half())),
+    ("value_cache", "last stride", change("value_cache", strided_last)),
+    ("value_cache", "device", change("value_cache", elsewhere)),
+    ("query_start_loc", "int64", change("query_start_loc", lambda t: t.long())),
+    ("query_start_loc", "2-D", change("query_start_loc", lambda t: t[None])),
+    ("query_start_loc", "too short", change("query_start_loc", lambda t: t[:-1])),
+    ("query_start_loc", "stride", change("query_start_loc", strided_last)),
+    ("query_start_loc", "device", change("query_start_loc", elsewhere)),
+    ("seq_lens", "int64", change("seq_lens", lambda t: t.long())),
+    ("seq_lens", "2-D", change("seq_lens", lambda t: t[None])),
+    ("seq_lens", "stride", change("seq_lens", strided_last)),
+    ("seq_lens", "device", change("seq_lens", elsewhere)),
+    ("block_table", "int64", change("block_table", lambda t: t.long())),
+    ("block_table", "1-D", change("block_table", lambda t: t[0])),
+    ("block_table", "rows", change("block_table", lambda t: t[:-1])),
+    ("block_table", "last stride", change("block_table", strided_last)),
+    ("block_table", "device", change("block_table", elsewhere)),
+    ("max_query_len", "negative", change("max_query_len", lambda n: -1)),
+    ("scale", "zero", change("scale", lambda x: 0.0)),
+    ("scale", "negative", change("scale", lambda x: -x)),
+    ("scale", "NaN", change("scale", lambda x: math.nan)),
+    ("scale", "infinite", change("scale", lambda x: math.inf)),
+    ("softcap", "negative", change("softcap", lambda x: -1.0)),
+    ("softcap", "NaN", change("softcap", lambda x: math.nan)),
+    ("sliding_window", "zero", change("sliding_window", lambda n: 0)),
+    ("sliding_window", "negative", change("sliding_window", lambda n: -1)),
+    ("k_scale", "two", change("k_scale", lambda t: torch.ones(2, device=DEVICE))),
+    ("k_scale", "fp16", change("k_scale", lambda t: torch.ones(1).half().to(DEVICE))),
+    ("k_scale", "a number", change("k_scale", lambda t: 2.0)),
+    ("v_scale", "two", change("v_scale", lambda t: torch.ones(2, device=DEVICE))),
+    ("v_scale", "device", change("v_scale", lambda t: elsewhere(torch.ones(1)))),
+]
+# What is wrong with the output, with the LSE.
+BAD_OUTPUTS = [
+    ("shape", lambda t: t[:, :-1]),
+    ("rows", lambda t: t[:-1]),
+    ("dtype", lambda t: t.half()),
+    ("last stride", strided_last),
+    ("device", elsewhere),
+]
+
+
+def ids(case) -> str:
+    return case.replace(" ", "_") if isinstance(case, str) else ""
+
+
+def assert_refused(argument: str, batch: Batch, **tensors) -> None:
+    output = torch.full(batch.query.shape, SENTINEL, device=DEVICE)
+    output = tensors.pop("output", output.to(batch.query.dtype))
+    with pytest.raises(ValueError, match=rf"\b{argument}\b"):
+        call(batch, output, **tensors)
+    assert output.device.type == "meta" or (output == SENTINEL).all()
+
+
+@pytest.mark.parametrize("argument, what, spoil", BAD_BATCHES, ids=ids)
+def test_bad_batches(argument, what, spoil):
+    assert_refused(argument, spoil(make_batch([(1, 20), (3, 3)])))
+
+
+@pytest.mark.parametrize("argument", ["output", "output_lse"])
+@pytest.mark.parametrize("what, spoil", BAD_OUTPUTS, ids=ids)
+def test_bad_outputs(what, spoil, argument):
+    batch = make_batch([(1, 20), (3, 3)])
+    if argument == "output":
+        output = torch.full(batch.query.shape, SENTINEL, device=DEVICE)
+        assert_refused(argument, batch, output=spoil(output))
+    else:
+        lse = torch.full(batch.query.shape[:2], SENTINEL, device=DEVICE)
+        assert_refused(argument, batch, lse=spoil(lse))
+
+
+@pytest.mark.parametrize(
+    "argument, other",
+    [
+        ("schedule", {"num_query_heads": 2}),
+        ("schedule", {"num_kv_heads": 1}),
+        ("schedule", {"head_size": 64}),
+        ("schedule", {"block_size": 32}),
+        ("schedule", {"dtype": torch.float16}),
+        ("schedule", {"kv_dtype": torch.float8_e5m2}),
+        ("sliding_window", {"sliding_window": 5}),
+        ("causal", {"causal": False}),
+    ],
+)
+def test_a_schedule_of_another_layer(argument, other):
+    mine, theirs = make_batch([(1, 20), (3, 3)]), make_batch([(1, 20), (3, 3)], **other)
+    schedule = update(make_schedule(theirs), theirs)
+    assert_refused(argument, mine, schedule=schedule)
+
+
+def test_a_schedule_that_was_not_updated():
+    batch = make_batch([(1, 20), (3, 3)])
+    assert_refused("schedule", batch, schedule=make_schedule(batch))
+
+
+def test_a_schedule_updated_for_another_max_query_len():
+    batch = make_batch([(1, 20), (3, 3)])
+    schedule = update(make_schedule(batch), batch)
+    batch.max_query_len = 20
+    assert_refused("max_query_len", batch, schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("max_num_seqs", 0),
+        ("max_num_tokens", 0),
+        ("decode_query_len", 0),
+        ("num_workers", 0),
+        ("sliding_window", 0),
+    ],
+)
+def test_bad_schedules(argument, value):
+    with pytest.raises(ValueError, match=rf"\b{argument}\b"):
+        make_schedule(make_batch([(1, 20)]), **{argument: value})

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""CUDA graphs and compilation: one capture serves every later batch.
+
+vLLM captures a step with dummy lengths and replays it with others in the same
+buffers: shorter and longer sequences, fewer of them, other pages, other data.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.kernels.attention.conch_harness import (  # noqa: F401
+    HALF_DTYPES,
+    KV_FP8_DTYPES,
+    Batch,
+    call,
+    compare,
+    gpu_only,
+    make_batch,
+    make_schedule,
+    poisoned_scratch,
+    update,
+)
+from tests.kernels.attention.conch_reference import SENTINEL
+
+pytestmark = gpu_only
+
+SHAPE = {"num_query_heads": 8, "num_kv_heads": 2, "head_size": 64, "block_size": 16}
+HALF = HALF_DTYPES[-1]
+
+
+class StaticBatch:
+    """Buffers of fixed addresses, as vLLM's model runner has, that batches fill."""
+
+    def __init__(self, largest: Batch, max_query_len: int, num_blocks: int) -> None:
+        self.batch = largest
+        self.batch.max_query_len = max_query_len
+        for name in ("key_cache", "value_cache"):
+            cache = getattr(largest, name)
+            shape = (num_blocks, *cache.shape[1:])
+            setattr(largest, name, cache.new_zeros(shape))
+        self.output = torch.empty_like(largest.query)
+        self.lse = torch.empty(largest.query.shape[:2], device=largest.query.device)
+        self.table_width = largest.block_table.shape[1]
+
+    def load(self, batch: Batch) -> None:
+        """Copies a batch in; sequences that it lacks become empty, as padding does."""
+        mine = self.batch
+        for target, source in (
+            (mine.query, batch.query),
+            (mine.key_cache.view(torch.uint8), batch.key_cache.view(torch.uint8)),
+            (mine.value_cache.view(torch.uint8), batch.value_cache.view(torch.uint8)),
+        ):
+            target[: len(source)] = source
+        num_seqs = len(batch.seq_lens)
+        mine.query_start_loc.fill_(batch.num_live_tokens)
+        mine.query_start_loc[: num_seqs + 1] = batch.query_start_loc
+        mine.seq_lens.zero_()
+        mine.seq_lens[:num_seqs] = batch.seq_lens
+        mine.block_table.fill_(2**31 - 1)
+        width = min(self.table_width, batch.block_table.shape[1])
+        mine.block_table[:num_seqs, :width] = batch.block_table[:, :width]
+        self.output.fill_(SENTINEL)
+        self.lse.fill_(SENTINEL)
+
+    def compare(self) -> None:
+        live = self.batch.num_live_tokens
+        compare(self.batch, self.output[:live], self.lse[:live])
+        assert bool((self.output[live:] == SENTINEL).all())
+        assert bool((self.lse[live:] == SENTINEL).all())
+
+
+def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A graph of a step, after the eager run that compiles its kernels."""
+    step()
+    torch.accelerator.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+# Longest query of the graph, the batch of the capture and those of the replays.
+GRAPHS = {
+    "decode": (
+        1,
+        [(1, 4096)] * 16,
+        [
+            [(1, 1)] * 16,
+            [(1, 300 * i + 1) for i in range(13)],
+            [(1, 4096)],
+            [(1, 17), (0, 0), (1, 3000), (0, 0)],
+            [(1, 4096)] * 16,
+            [(0, 0)],
+        ],
+    ),
+    "verify": (
+        5,
+        [(5, 2000)] * 8,
+        [[(5, 5)] * 8, [(5, 1999), (1, 700), (3, 3)], [(2, 2000)] * 7, [(5, 100)]],
+    ),
+    "mixed": (
+        256,
+        [(256, 256)] + [(1, 3000)] * 15,
+        [
+            [(1, 3000)] * 16,
+            [(100, 900), (1, 1), (80, 80), (5, 2999), (1, 1500)],
+            [(256, 3000)],
+            [(17, 17)] * 12,
+            [(1, 40)],
+        ],
+    ),
+    "capture_dummies": (1, [(1, 0)] * 8, [[(1, 2000)] * 8, [(1, 3), (1, 999)]]),
+}
+OPTIONS = {
+    "plain": {},
+    "window": {"sliding_window": 100},
+    "fp8_softcap": {
+        "kv_dtype": KV_FP8_DTYPES[0],
+        "k_scale": 0.5,
+        "v_scale": 2.0,
+        "softcap": 30.0,
+    },
+}
+
+
+@pytest.mark.parametrize("update_in_graph", [True, False])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("name", GRAPHS)
+def test_replay(name, options, update_in_graph):
+    max_query_len, captured, replays = GRAPHS[name]
+    options = {**SHAPE, **options, "dtype": HALF}
+    # A width and a pool that hold every batch of these tests.
+    largest = make_batch([*captured[:-1], (captured[-1][0], 4096)], **options)
+    static = StaticBatch(largest, max_query_len, num_blocks=16 * 256 + 3)
+    schedule = make_schedule(static.batch)
+
+    def step() -> None:
+        if update_in_graph:
+            update(schedule, static.batch)
+        for _ in range(2):  # Two layers share the schedule.
+            call(static.batch, static.output, static.lse, schedule)
+
+    static.load(make_batch(captured, **options))
+    update(schedule, static.batch)
+    graph = capture(step)
+    for seed, lengths in enumerate([*replays, captured, *replays]):
+        static.load(make_batch(lengths, seed=seed, padding=0, **options))
+        if not update_in_graph:
+            update(schedule, static.batch)
+        graph.replay()
+        static.compare()
+
+
+def test_replay_is_bitwise_repeatable():
+    lengths = [(1, 500 * i + 1) for i in range(16)]
+    largest = make_batch(lengths, **SHAPE, dtype=HALF)
+    static = StaticBatch(largest, 1, num_blocks=len(largest.key_cache))
+    static.load(make_batch(lengths, **SHAPE, dtype=HALF))
+    schedule = make_schedule(static.batch)
+    update(schedule, static.batch)
+    graph = capture(lambda: call(static.batch, static.output, static.lse, schedule))
+    graph.replay()
+    expected = static.output.clone()
+    for _ in range(100):
+        static.output.fill_(SENTINEL)
+        graph.replay()
+        assert torch.equal(static.output, expected)
+    static.compare()
+
+
+def test_nothing_compiles_while_serving(monkeypatch):
+    """After one batch of each kind, 200 random ones find every kernel compiled."""
+    from vllm.triton_utils import triton
+
+    compiled = []
+    hook = lambda **event: compiled.append(event["fn"].name)  # noqa: E731
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", hook)
+    options = {**SHAPE, "head_size": 96, "block_size": 48, "dtype": HALF}
+    rows, max_blocks, max_num_seqs = 1024, 64, 33
+    random = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=random))
+
+    pool = make_batch([(rows, 3000)], **options)
+    schedule = make_schedule(pool, max_num_seqs=max_num_seqs, decode_query_len=5)
+    table = torch.randint(1, len(pool.key_cache), (max_num_seqs, max_blocks))
+    pool.key_cache.normal_()
+    pool.value_cache.normal_()
+    table = table.to(pool.block_table)
+    output = torch.empty_like(pool.query)
+
+    def serve(lengths: list[tuple[int, int]], max_query_len: int) -> None:
+        ends = torch.tensor([0] + [q for q, _ in lengths]).cumsum(0)
+        num_tokens = int(ends[-1])
+        pool.query_start_loc = ends.to(pool.query_start_loc)
+        pool.seq_lens = torch.tensor([s for _, s in lengths]).to(pool.seq_lens)
+        pool.block_table = table[: len(lengths)]
+        pool.max_query_len = max_query_len
+        step = Batch(**{**vars(pool), "query": whole_query[:num_tokens]})
+        update(schedule, step)
+        call(step, output[:num_tokens], schedule=schedule)
+
+    whole_query = pool.query
+    for query_len in (1, 5, 16, 17):
+        serve([(query_len, 100)], query_len)
+    warm = len(compiled)
+    assert warm > 0
+    for _ in range(200):
+        longest = [1, 5, draw(1, 16), draw(17, 400)][draw(0, 3)]
+        lengths = [(longest, draw(longest, 3000))]
+        while len(lengths) < draw(1, max_num_seqs):
+            query_len = draw(1, min(longest, 20))
+            lengths.append((query_len, draw(query_len, 3000)))
+        serve(lengths, longest)
+    assert compiled[warm:] == []

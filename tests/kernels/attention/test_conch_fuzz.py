@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Random batches, shrunk by Hypothesis to the smallest that fails.
+
+The same examples every time; without `derandomize` it searches on. On a GPU few
+shapes and many batches, since each shape is compiled.
+"""
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.attention.conch_harness import (  # noqa: F401
+    HALF_DTYPES,
+    KV_FP8_DTYPES,
+    ON_GPU,
+    check,
+    make_batch,
+    make_schedule,
+    poisoned_scratch,
+    update,
+)
+from tests.kernels.attention.conch_reference import LAYOUTS
+
+HALF = HALF_DTYPES[-1]
+LONG = 5000 if ON_GPU else 80
+committed = settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=200 if ON_GPU else 120,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@st.composite
+def sequence(draw) -> tuple[int, int]:
+    """(query_len, seq_len): a decode, a verify, a chunk, padding or a dummy."""
+    query_len = draw(
+        st.one_of(st.just(1), st.integers(2, 16), st.integers(17, 40), st.just(0))
+    )
+    if draw(st.integers(0, 7)) == 7:
+        return query_len, draw(st.integers(0, 40))
+    context = st.one_of(st.integers(0, 80), st.integers(0, LONG))
+    return query_len, query_len + draw(context)
+
+
+SHAPES = st.sampled_from(
+    [
+        {"num_query_heads": 8, "num_kv_heads": 2, "head_size": 64, "block_size": 16},
+        {"num_query_heads": 5, "num_kv_heads": 1, "head_size": 80, "block_size": 48},
+        {"num_query_heads": 4, "num_kv_heads": 4, "head_size": 128, "block_size": 128},
+    ]
+)
+if not ON_GPU:
+    SHAPES = st.builds(
+        lambda ratio, num_kv_heads, head_size, block_size: {
+            "num_query_heads": ratio * num_kv_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_size": head_size,
+            "block_size": block_size,
+        },
+        st.sampled_from([1, 2, 4, 5, 6, 7, 8, 16]),
+        st.integers(1, 2),
+        st.sampled_from([16, 32, 40, 64, 80, 96, 128]),
+        st.sampled_from([16, 32, 48, 64]),
+    )
+
+
+@committed
+@given(
+    st.lists(sequence(), min_size=1, max_size=6),
+    SHAPES,
+    st.sampled_from([(torch.float32, None), (HALF, None), (HALF, KV_FP8_DTYPES[0])]),
+    st.sampled_from(sorted(LAYOUTS)),
+    st.sampled_from([None, 1, 30, 64]),
+    st.booleans(),
+    st.sampled_from([0.0, 20.0]),
+    st.sampled_from([1, 5]),
+    st.sampled_from([1, 2, 5, 33]),
+    st.integers(0, 2**16),
+)
+def test_random_batches(
+    lengths,
+    shape,
+    dtypes,
+    layout,
+    sliding_window,
+    causal,
+    softcap,
+    decode_query_len,
+    num_workers,
+    seed,
+):
+    batch = make_batch(
+        lengths,
+        **shape,
+        dtype=dtypes[0],
+        kv_dtype=dtypes[1],
+        layout=layout,
+        sliding_window=sliding_window,
+        causal=causal,
+        softcap=softcap,
+        seed=seed,
+    )
+    schedule = make_schedule(
+        batch, decode_query_len=decode_query_len, num_workers=num_workers
+    )
+    check(batch, update(schedule, batch))

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""VarlenSchedule: how work is cut must not show in the result, from step to step."""
+
+import pytest
+import torch
+
+from tests.kernels.attention.conch_harness import (  # noqa: F401
+    HALF_DTYPES,
+    ON_GPU,
+    attend,
+    check,
+    compare,
+    make_batch,
+    make_schedule,
+    poisoned_scratch,
+    update,
+)
+
+LONG = 20000 if ON_GPU else 300
+BATCHES = {
+    "one_long": [(1, LONG)],
+    "ragged": [(1, LONG), (0, 0), (1, 1), (1, 17), (0, 9), (1, LONG // 3), (3, 50)],
+    "verify": [(5, LONG), (16, 40), (2, LONG // 2)],
+    "short": [(1, 5), (1, 16), (1, 1)],
+    "mixed": [(1, LONG), (40, 75), (1, 33), (20, 20), (1, 1)],
+    "no_decode": [(33, 50), (17, 17)],
+    "empty": [(0, 0), (0, 5)],
+}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 7, 16, 41])
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
+def test_any_number_of_workers(lengths, num_workers):
+    batch = make_batch(lengths, dtype=torch.float32)
+    check(batch, update(make_schedule(batch, num_workers=num_workers), batch))
+
+
+@pytest.mark.parametrize("options", [{"sliding_window": 50}, {"causal": False}])
+@pytest.mark.parametrize("num_workers", [3, 16])
+def test_workers_with_masks(num_workers, options):
+    batch = make_batch(BATCHES["ragged"], **options)
+    check(batch, update(make_schedule(batch, num_workers=num_workers), batch))
+
+
+@pytest.mark.parametrize("decode_query_len", [1, 2, 5, 16])
+def test_decode_query_len(decode_query_len):
+    """Which kernel a sequence takes in a mixed batch."""
+    batch = make_batch([(1, 90), (2, 70), (5, 40), (6, 30), (16, 33), (17, 60)])
+    options = {"decode_query_len": decode_query_len, "num_workers": 5}
+    check(batch, update(make_schedule(batch, **options), batch))
+
+
+@pytest.mark.parametrize("neighbours", [[], [(40, 75), (1, 33), (1, 8)]])
+def test_decodes_are_cut_into_equal_pieces(neighbours):
+    """A prefill in the batch does not change that."""
+    num_workers = 8
+    batch = make_batch([(1, LONG), *neighbours], num_kv_heads=1)
+    schedule = update(make_schedule(batch, num_workers=num_workers), batch)
+    tile = schedule.plan.decode.tile
+    decodes = [LONG] + [seq_len for query_len, seq_len in neighbours if query_len == 1]
+    total = sum(-(-seq_len // tile) for seq_len in decodes)
+    piece = -(-total // num_workers)
+    expected = [min(piece, max(0, total - i * piece)) for i in range(num_workers)]
+    assert sum(count > 0 for count in expected) > 5
+    assert schedule.workers[:, 3].tolist() == expected
+
+
+def test_one_schedule_serves_changing_batches():
+    """Lengths, sequences and kinds of batch change; what a step leaves harms none."""
+    largest = make_batch([(60, 60)] * 7)
+    schedule = make_schedule(largest, num_workers=5)
+    steps = ["mixed", "one_long", "ragged", "short", "empty", "verify", "no_decode"]
+    for step, name in enumerate(steps + steps[::-1]):
+        layers = [make_batch(BATCHES[name], seed=2 * step + i) for i in range(2)]
+        for layer in layers:
+            # Page numbers are drawn anew, but lengths are those of the step.
+            check(
+                layer, schedule if layer is not layers[0] else update(schedule, layer)
+            )
+
+
+def test_a_schedule_larger_than_the_batch():
+    batch = make_batch(BATCHES["ragged"])
+    options = {"max_num_seqs": 1500, "max_num_tokens": 5000, "num_workers": 6}
+    schedule = make_schedule(batch, **options)
+    check(batch, update(schedule, batch))
+
+
+@pytest.mark.parametrize("prefill", [[], [(18, 40)]])
+def test_more_sequences_than_the_schedule_kernel_reads_at_once(prefill):
+    lengths = [(1, 40), (3, 20)] + [(0, 7)] * 1030 + [(2, 33), *prefill, (1, 1)]
+    lengths[500] = (1, 200)
+    batch = make_batch(lengths, num_query_heads=1, num_kv_heads=1, head_size=16)
+    check(batch, update(make_schedule(batch, num_workers=3), batch))
+
+
+@pytest.mark.parametrize("name", ["ragged", "verify", "mixed"])
+def test_bitwise_repeatable(name):
+    batch = make_batch(BATCHES[name], dtype=HALF_DTYPES[-1])
+    schedule = make_schedule(batch, num_workers=None if ON_GPU else 6)
+    expected, expected_lse = attend(batch, update(schedule, batch))
+    for _ in range(100 if ON_GPU else 2):
+        output, lse = attend(batch, schedule)
+        assert torch.equal(output, expected) and torch.equal(lse, expected_lse)
+
+
+@pytest.mark.parametrize("name", ["ragged", "mixed"])
+def test_a_sequence_alone_and_in_a_batch(name):
+    batch = make_batch(BATCHES[name])
+    output, lse = check(batch)
+    starts = batch.query_start_loc.tolist()
+    for i, (start, end) in enumerate(zip(starts, starts[1:])):
+        alone = make_batch([BATCHES[name][i]], padding=0)
+        alone.query = batch.query[start:end]
+        alone.key_cache, alone.value_cache = batch.key_cache, batch.value_cache
+        alone.block_table = batch.block_table[i : i + 1]
+        check(alone)
+        # What the batch gave for these rows is right for the sequence alone.
+        compare(alone, output[start:end], lse[start:end])
+
+
+@pytest.mark.parametrize("argument", ["max_num_seqs", "max_num_tokens"])
+def test_a_batch_that_does_not_fit_is_refused(argument):
+    batch = make_batch(BATCHES["mixed"])
+    schedule = make_schedule(batch, **{argument: 4})
+    with pytest.raises(ValueError, match=argument):
+        update(schedule, batch)
