@@ -2,7 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """CONCH: attention over a paged KV cache, cache write and fp8 quantisation in Triton."""
 
+from .reshape_and_cache import reshape_and_cache
 from .schedule import VarlenSchedule
 from .varlen_attention import varlen_attention
 
-__all__ = ["VarlenSchedule", "varlen_attention"]
+__all__ = [
+    "VarlenSchedule",
+    "reshape_and_cache",
+    "varlen_attention",
+]

@@ -13,14 +13,16 @@ the keys (FlashDecoding, Dao et al. 2023), so results do not depend on timing.
 
 from vllm.triton_utils import tl, triton
 
-from .softmax import log_sum_exp, normalize
-from .tile import attend_tiles, query_rows, row_offsets
+from .tile import attend_tiles, query_rows, row_offsets, write_rows
 
-# One worker: entry in the sequence list, row of that sequence, tile of that row,
-# number of tiles; and the number of tiles that every worker but the last gets.
-WORKER_FIELDS: tl.constexpr = tl.constexpr(8)
 # One sequence of the list: sequence, query_start, query_len, seq_len.
 SEQUENCE_FIELDS: tl.constexpr = tl.constexpr(4)
+# One worker: the sequence it starts in (the same four fields), that sequence's entry
+# in the list, row of that sequence, tile of that row, number of tiles, and the
+# number of tiles of every worker but the last.
+WORKER_FIELDS: tl.constexpr = tl.constexpr(16)
+# Rows that are combined at once.
+COMBINE_ROWS: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
@@ -49,38 +51,57 @@ def partial_offsets(slot, dims, BLOCK_M: tl.constexpr, HEAD_PADDED: tl.constexpr
 
 
 @triton.jit
-def combine(
+def load_sequence(record):
+    """sequence, query_start, query_len and seq_len of a list entry or a worker."""
+    return tl.load(record), tl.load(record + 1), tl.load(record + 2), tl.load(record + 3)
+
+
+@triton.jit
+def combine_rows(
     partials,  # (accumulators, row maxima, row sums)
     first_worker,
     num_parts,
-    dims,
-    dims_valid,
+    rows,  # [R] rows of the tile
     row_valid,
     BLOCK_M: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
+    PARTS: tl.constexpr,  # partials that are loaded at once
 ):
-    """Merges the partials of one row in the order of its keys."""
-    acc = tl.zeros([BLOCK_M, HEAD_PADDED], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for part in tl.range(0, num_parts):
+    """Merges the partials of some rows in the order of their keys."""
+    R: tl.constexpr = rows.shape[0]
+    dims = tl.arange(0, HEAD_PADDED)
+    acc = tl.zeros([R, HEAD_PADDED], tl.float32)
+    row_max = tl.full([R], float("-inf"), tl.float32)
+    row_sum = tl.zeros([R], tl.float32)
+    for start in range(0, num_parts, PARTS):
+        part = start + tl.arange(0, PARTS)
         # Slot 1 of the worker that starts the row, slot 0 of those that go on.
         slot = 2 * (first_worker + part) + tl.where(part == 0, 1, 0)
-        acc_offsets, row = partial_offsets(slot, dims, BLOCK_M, HEAD_PADDED)
-        part_acc = tl.load(partials[0] + acc_offsets, mask=dims_valid, other=0.0, cache_modifier=".cg")
-        part_max = tl.load(partials[1] + row, mask=row_valid, other=float("-inf"), cache_modifier=".cg")
-        part_sum = tl.load(partials[2] + row, mask=row_valid, other=0.0, cache_modifier=".cg")
-        new_max = tl.maximum(row_max, part_max)
+        stat = slot.to(tl.int64)[None, :] * BLOCK_M + rows[:, None]  # [R, PARTS]
+        valid = row_valid[:, None] & (part < num_parts)[None, :]
+        part_acc = tl.load(
+            partials[0] + (stat * HEAD_PADDED)[:, :, None] + dims[None, None, :],
+            mask=valid[:, :, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )  # [R, PARTS, D]
+        part_max = tl.load(
+            partials[1] + stat, mask=valid, other=float("-inf"), cache_modifier=".cg"
+        )
+        part_sum = tl.load(
+            partials[2] + stat, mask=valid, other=0.0, cache_modifier=".cg"
+        )
+        new_max = tl.maximum(row_max, tl.max(part_max, 1))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         decay = tl.exp2(row_max - shift)
-        weight = tl.exp2(part_max - shift)
-        acc = acc * decay[:, None] + part_acc * weight[:, None]
-        row_sum = row_sum * decay + part_sum * weight
+        weight = tl.exp2(part_max - shift[:, None])
+        acc = acc * decay[:, None] + tl.sum(part_acc * weight[:, :, None], 1)
+        row_sum = row_sum * decay + tl.sum(part_sum * weight, 1)
         row_max = new_max
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["lse_stride", "block_table_stride", "window"])
 def decode_kernel(
     output_ptr,  # [num_tokens, num_query_heads, head_size]
     lse_ptr,  # [num_tokens, num_query_heads] or None
@@ -90,7 +111,9 @@ def decode_kernel(
     block_table_ptr,  # [num_seqs, max_blocks]
     workers_ptr,  # [num_workers, WORKER_FIELDS]
     sequences_ptr,  # [num_seqs, SEQUENCE_FIELDS]
-    partials,  # ([2 * num_workers, BLOCK_M, D], [2 * num_workers, BLOCK_M] twice), fp32
+    partial_acc_ptr,  # [2 * num_workers, BLOCK_M, HEAD_PADDED] fp32
+    partial_max_ptr,  # [2 * num_workers, BLOCK_M] fp32
+    partial_sum_ptr,
     arrivals_ptr,  # [num_workers], zero between launches
     k_scale_ptr,  # [1] or None
     v_scale_ptr,
@@ -114,13 +137,16 @@ def decode_kernel(
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
+    partials = (partial_acc_ptr, partial_max_ptr, partial_sum_ptr)
+    COMBINE_PARTS: tl.constexpr = 2048 // HEAD_PADDED  # 64 registers a thread
     worker = tl.program_id(0)
     record = workers_ptr + worker * WORKER_FIELDS
-    entry = tl.load(record)
-    row = tl.load(record + 1)
-    tile = tl.load(record + 2)
-    remaining = tl.load(record + 3)
-    tiles_per_worker = tl.load(record + 4)
+    sequence, query_start, query_len, seq_len = load_sequence(record)
+    entry = tl.load(record + 4)
+    row = tl.load(record + 5)
+    tile = tl.load(record + 6)
+    remaining = tl.load(record + 7)
+    tiles_per_worker = tl.load(record + 8)
     line = worker * tiles_per_worker  # where this worker is on the line of tiles
 
     if k_scale_ptr is not None:
@@ -135,22 +161,16 @@ def decode_kernel(
     dims = tl.arange(0, HEAD_PADDED)
 
     while remaining > 0:
-        sequence = tl.load(sequences_ptr + entry * SEQUENCE_FIELDS)
-        query_start = tl.load(sequences_ptr + entry * SEQUENCE_FIELDS + 1)
-        query_len = tl.load(sequences_ptr + entry * SEQUENCE_FIELDS + 2)
-        seq_len = tl.load(sequences_ptr + entry * SEQUENCE_FIELDS + 3)
         first_key, first_tile, row_tiles = decode_key_tiles(
             query_len, seq_len, window, TILE, WINDOWED
         )
         num_tiles = tl.minimum(remaining, row_tiles - tile)
-
         kv_head = row % NUM_KV_HEADS
-        token, group_head, row_valid = query_rows(
-            row // NUM_KV_HEADS, query_len, GROUP, BLOCK_M
-        )
+        m_block = row // NUM_KV_HEADS
+        token, group_head, row_valid = query_rows(m_block, query_len, GROUP, BLOCK_M)
         head = kv_head * GROUP + group_head
         dims_valid = row_valid[:, None] & (dims < HEAD_SIZE)[None, :]
-        offsets = row_offsets(query_start, token, head, query_strides, dims, HEAD_SIZE)
+        offsets = row_offsets(query_start, token, head, query_strides, dims)
         query = tl.load(query_ptr + offsets, mask=dims_valid, other=0.0)
         state = (
             tl.zeros([BLOCK_M, HEAD_PADDED], tl.float32),
@@ -168,36 +188,48 @@ def decode_kernel(
             CAUSAL, WINDOWED, SOFTCAP, True, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
         )  # fmt: skip
 
-        complete = num_tiles == row_tiles
-        if not complete:
-            first_worker = (line - tile) // tiles_per_worker
-            num_parts = (line - tile + row_tiles - 1) // tiles_per_worker - first_worker + 1
+        if num_tiles == row_tiles:
+            write_rows(
+                output_ptr, lse_ptr, output_strides, lse_stride,
+                acc, row_max, row_sum, v_scale,
+                query_start, token, head, row_valid, HEAD_SIZE, HEAD_PADDED,
+            )  # fmt: skip
+        else:
+            row_begin = line - tile
+            first_worker = row_begin // tiles_per_worker
+            last_worker = (row_begin + row_tiles - 1) // tiles_per_worker
             slot = 2 * worker + tl.where(tile == 0, 1, 0)
-            acc_offsets, stat = partial_offsets(slot, dims, BLOCK_M, HEAD_PADDED)
-            tl.store(partials[0] + acc_offsets, acc, mask=dims_valid)
+            stat = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            acc_offsets = stat[:, None] * HEAD_PADDED + dims[None, :]
+            tl.store(partials[0] + acc_offsets, acc, mask=row_valid[:, None])
             tl.store(partials[1] + stat, row_max, mask=row_valid)
             tl.store(partials[2] + stat, row_sum, mask=row_valid)
             tl.debug_barrier()  # every thread's stores come before the arrival
             arrived = tl.atomic_add(arrivals_ptr + first_worker, 1, sem="acq_rel")
-            complete = arrived == num_parts - 1
-            if complete:
+            if arrived == last_worker - first_worker:
                 tl.store(arrivals_ptr + first_worker, 0)
-                acc, row_max, row_sum = combine(
-                    partials, first_worker, num_parts, dims, dims_valid, row_valid,
-                    BLOCK_M, HEAD_PADDED,
-                )  # fmt: skip
-        if complete:
-            out = normalize(acc, row_sum, v_scale).to(output_ptr.dtype.element_ty)
-            offsets = row_offsets(query_start, token, head, output_strides, dims, HEAD_SIZE)
-            tl.store(output_ptr + offsets, out, mask=dims_valid)
-            if lse_ptr is not None:
-                lse_row = (query_start + token).to(tl.int64) * lse_stride + head
-                tl.store(lse_ptr + lse_row, log_sum_exp(row_max, row_sum), mask=row_valid)
+                num_rows = tl.minimum(query_len * GROUP - m_block * BLOCK_M, BLOCK_M)
+                for first_row in range(0, num_rows, COMBINE_ROWS):
+                    rows = first_row + tl.arange(0, COMBINE_ROWS)
+                    acc_, max_, sum_ = combine_rows(
+                        partials, first_worker, last_worker - first_worker + 1,
+                        rows, rows < num_rows, BLOCK_M, HEAD_PADDED, COMBINE_PARTS,
+                    )  # fmt: skip
+                    write_rows(
+                        output_ptr, lse_ptr, output_strides, lse_stride,
+                        acc_, max_, sum_, v_scale, query_start,
+                        (m_block * BLOCK_M + rows) // GROUP,
+                        kv_head * GROUP + (m_block * BLOCK_M + rows) % GROUP,
+                        rows < num_rows, HEAD_SIZE, HEAD_PADDED,
+                    )  # fmt: skip
 
         line += num_tiles
         remaining -= num_tiles
         tile = 0
         row += 1
-        if row == decode_rows(query_len, NUM_KV_HEADS, GROUP, BLOCK_M):
+        if (remaining > 0) & (row == decode_rows(query_len, NUM_KV_HEADS, GROUP, BLOCK_M)):
             row = 0
             entry += 1
+            sequence, query_start, query_len, seq_len = load_sequence(
+                sequences_ptr + entry * SEQUENCE_FIELDS
+            )

@@ -7,10 +7,15 @@ Pure Python, no tensors, no launches: everything here can be tested without a GP
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
 from vllm.triton_utils import triton
+
+QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_SIZES = range(16, 513)
+BLOCK_SIZE_MULTIPLE = 16
 
 # Batches whose longest query is at most this take the decode kernel altogether.
 MAX_DECODE_QUERY_LEN = 16
@@ -28,8 +33,7 @@ class Device:
     shared_memory: int  # bytes that one program may use
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What stays the same over all calls of a layer."""
 
     num_query_heads: int
@@ -58,6 +62,15 @@ class Config:
     num_warps: int
     num_stages: int
 
+    def constants(self) -> dict[str, int]:
+        """As the kernels' constexprs and options."""
+        return dict(
+            BLOCK_M=self.block_m,
+            TILE=self.tile,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+        )
+
 
 @dataclass(frozen=True)
 class AttentionPlan:
@@ -80,6 +93,28 @@ def this_device(index: int | None) -> Device:
         properties["multiprocessor_count"],
         properties["max_shared_mem"],
     )
+
+
+def unsupported_kv_dtype(
+    dtype: torch.dtype, device: torch.device
+) -> tuple[str, str] | None:
+    """Why a device cannot read an fp8 cache: what it can, and what to do; or None."""
+    if device.type == "cpu" or dtype not in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
+        return None
+    target = this_device(device.index)
+    arch = str(target.arch)
+    if target.backend == "cuda":
+        native = torch.float8_e4m3fn if target.arch >= 89 else None
+    else:
+        native = torch.float8_e4m3fnuz if arch.startswith("gfx94") else torch.float8_e4m3fn
+        if not arch.startswith(("gfx94", "gfx95", "gfx12")):
+            native = None
+    if dtype == native:
+        return None
+    allowed = "torch.float8_e5m2 and the 16-bit dtypes"
+    if native is not None:
+        allowed = f"{native}, {allowed}"
+    return f"{allowed} on {arch}", "Choose another --kv-cache-dtype."
 
 
 def tile_bytes(shape: Shape, tile: int) -> int:

@@ -9,8 +9,7 @@ edge and at the sequence's end are masked; those between run without a mask.
 
 from vllm.triton_utils import tl, triton
 
-from .softmax import log_sum_exp, normalize
-from .tile import attend_tiles, query_rows, row_offsets
+from .tile import attend_tiles, query_rows, row_offsets, write_rows
 
 # One work item: sequence (or -1), tile of rows, query_start, query_len, seq_len.
 ITEM_FIELDS: tl.constexpr = tl.constexpr(8)
@@ -57,7 +56,7 @@ def key_tile_bounds(
     return (first_key, end_key), first, full_first, tl.minimum(full_end, end), end
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["lse_stride", "block_table_stride", "window"])
 def prefill_kernel(
     output_ptr,  # [num_tokens, num_query_heads, head_size]
     lse_ptr,  # [num_tokens, num_query_heads] or None
@@ -101,7 +100,7 @@ def prefill_kernel(
     head = kv_head * GROUP + group_head
     dims = tl.arange(0, HEAD_PADDED)
     dims_valid = row_valid[:, None] & (dims < HEAD_SIZE)[None, :]
-    offsets = row_offsets(query_start, token, head, query_strides, dims, HEAD_SIZE)
+    offsets = row_offsets(query_start, token, head, query_strides, dims)
     query = tl.load(query_ptr + offsets, mask=dims_valid, other=0.0)
 
     if k_scale_ptr is not None:
@@ -144,9 +143,7 @@ def prefill_kernel(
         CAUSAL, WINDOWED, SOFTCAP, True, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
     )  # fmt: skip
 
-    out = normalize(acc, row_sum, v_scale).to(output_ptr.dtype.element_ty)
-    offsets = row_offsets(query_start, token, head, output_strides, dims, HEAD_SIZE)
-    tl.store(output_ptr + offsets, out, mask=dims_valid)
-    if lse_ptr is not None:
-        lse_row = (query_start + token).to(tl.int64) * lse_stride + head
-        tl.store(lse_ptr + lse_row, log_sum_exp(row_max, row_sum), mask=row_valid)
+    write_rows(
+        output_ptr, lse_ptr, output_strides, lse_stride, acc, row_max, row_sum, v_scale,
+        query_start, token, head, row_valid, HEAD_SIZE, HEAD_PADDED,
+    )  # fmt: skip

@@ -23,6 +23,8 @@ from .prefill import ITEM_FIELDS
 # Workers and prefill items that one program of the schedule kernel fills in.
 LANES = 16
 MAX_SEQUENCES_AT_ONCE = 1024
+# Without a prefill kernel the decode kernel takes every sequence.
+ANY_QUERY_LEN = 2**31 - 1
 
 
 @triton.jit
@@ -78,9 +80,12 @@ def schedule_decode(
 
     worker = first_worker + tl.arange(0, LANES)
     begin = worker * tiles_per_worker  # on the line of tiles
-    entry = tl.zeros([LANES], tl.int32)
-    within = tl.zeros([LANES], tl.int32)  # tiles between the sequence's start and begin
-    row_length = tl.full([LANES], 1, tl.int32)
+    piece = tl.minimum(tl.maximum(total - begin, 0), tiles_per_worker)
+    record = workers_ptr + worker * WORKER_FIELDS
+    valid = worker < NUM_WORKERS
+    tl.store(record + 7, piece, mask=valid)
+    tl.store(record + 8, tiles_per_worker + worker * 0, mask=valid)
+    tl.store(arrivals_ptr + worker, worker * 0, mask=valid)
     line = 0
     listed = 0
     for start in range(0, num_seqs, BLOCK):
@@ -93,30 +98,27 @@ def schedule_decode(
         )  # fmt: skip
         end = line + tl.cumsum(tiles, 0)
         is_decode = tiles > 0
-        index = listed + tl.cumsum(is_decode.to(tl.int32), 0) - 1
+        entry = listed + tl.cumsum(is_decode.to(tl.int32), 0) - 1
+        # The sequence in which each worker begins, if it is among these.
         match = (begin[:, None] >= (end - tiles)[None, :]) & (begin[:, None] < end[None, :])
-        found = tl.sum(match.to(tl.int32), 1) > 0
-        entry = tl.where(found, pick(match, index), entry)
-        within = tl.where(found, begin - pick(match, end - tiles), within)
-        row_length = tl.where(found, pick(match, row_tiles), row_length)
+        found = valid & (tl.sum(match.to(tl.int32), 1) > 0)
+        row_length = tl.maximum(pick(match, row_tiles), 1)
+        within = begin - pick(match, end - tiles)
+        tl.store(record, pick(match, sequence), mask=found)
+        tl.store(record + 1, pick(match, query_start), mask=found)
+        tl.store(record + 2, pick(match, query_len), mask=found)
+        tl.store(record + 3, pick(match, seq_len), mask=found)
+        tl.store(record + 4, pick(match, entry), mask=found)
+        tl.store(record + 5, within // row_length, mask=found)
+        tl.store(record + 6, within % row_length, mask=found)
         if first_worker == 0:
-            record = sequences_ptr + index * SEQUENCE_FIELDS
-            tl.store(record, sequence, mask=is_decode)
-            tl.store(record + 1, query_start, mask=is_decode)
-            tl.store(record + 2, query_len, mask=is_decode)
-            tl.store(record + 3, seq_len, mask=is_decode)
+            listing = sequences_ptr + entry * SEQUENCE_FIELDS
+            tl.store(listing, sequence, mask=is_decode)
+            tl.store(listing + 1, query_start, mask=is_decode)
+            tl.store(listing + 2, query_len, mask=is_decode)
+            tl.store(listing + 3, seq_len, mask=is_decode)
         line += tl.sum(tiles)
         listed += tl.sum(is_decode.to(tl.int32))
-
-    valid = worker < NUM_WORKERS
-    record = workers_ptr + worker * WORKER_FIELDS
-    remaining = tl.minimum(tl.maximum(total - begin, 0), tiles_per_worker)
-    tl.store(record, entry, mask=valid)
-    tl.store(record + 1, within // row_length, mask=valid)
-    tl.store(record + 2, within % row_length, mask=valid)
-    tl.store(record + 3, remaining, mask=valid)
-    tl.store(record + 4, tiles_per_worker + worker * 0, mask=valid)
-    tl.store(arrivals_ptr + worker, worker * 0, mask=valid)
 
 
 @triton.jit
@@ -271,7 +273,9 @@ class VarlenSchedule:
             scratch(*slots),
             scratch(*slots),
         )
+        # What `update` saw last.
         self.max_query_len = 0
+        self.num_seqs = 0
         self.num_items = 0
         self.plan = plan
 
@@ -294,7 +298,6 @@ class VarlenSchedule:
         *,
         max_query_len: int,
         num_tokens: int,
-        causal: bool = True,
     ) -> None:
         """Fills the work lists for a batch: one kernel, no synchronisation.
 
@@ -303,7 +306,6 @@ class VarlenSchedule:
             seq_lens: [num_seqs] int32.
             max_query_len: no query of this batch is longer (host).
             num_tokens: bound of the number of query tokens (host).
-            causal: as the attention calls that follow.
 
         Raises:
             ValueError: if the batch is larger than the buffers.
@@ -321,7 +323,7 @@ class VarlenSchedule:
         if max_query_len > MAX_DECODE_QUERY_LEN:
             num_items = self.max_items(num_tokens, num_seqs)
         else:
-            decode_query_len = MAX_DECODE_QUERY_LEN
+            decode_query_len = ANY_QUERY_LEN
         programs = triton.cdiv(self.num_workers, LANES) + triton.cdiv(num_items, LANES)
         schedule_kernel[(programs,)](
             query_start_loc,
@@ -345,4 +347,5 @@ class VarlenSchedule:
         )
         self.plan = plan
         self.max_query_len = max_query_len
+        self.num_seqs = num_seqs
         self.num_items = num_items

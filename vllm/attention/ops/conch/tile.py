@@ -14,7 +14,7 @@ them, whatever the ratio of heads.
 
 from vllm.triton_utils import tl, triton
 
-from .softmax import softcap, softmax_step
+from .softmax import log_sum_exp, normalize, softcap, softmax_step
 
 
 @triton.jit
@@ -25,10 +25,8 @@ def query_rows(m_block, query_len, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def row_offsets(
-    query_start, token, head, strides, dims, HEAD_SIZE: tl.constexpr
-):  # strides: (token, head)
-    """[BLOCK_M, D] offsets of query or output rows, int64."""
+def row_offsets(query_start, token, head, strides, dims):
+    """[BLOCK_M, D] int64 offsets of query or output rows; strides: (token, head)."""
     token = (query_start + token).to(tl.int64)
     return (token * strides[0] + head * strides[1])[:, None] + dims[None, :]
 
@@ -134,3 +132,21 @@ def attend_tiles(
         ).to(query.dtype)
         acc = tl.dot(weights.to(query.dtype), value, acc, input_precision="ieee")
     return acc, row_max, row_sum
+
+
+@triton.jit
+def write_rows(
+    output_ptr, lse_ptr, output_strides, lse_stride,
+    acc, row_max, row_sum, v_scale,  # [M, D], [M], [M]
+    query_start, token, head, row_valid,  # [M] each but query_start
+    HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Normalises a tile of rows and writes it."""
+    dims = tl.arange(0, HEAD_PADDED)
+    mask = row_valid[:, None] & (dims < HEAD_SIZE)[None, :]
+    offsets = row_offsets(query_start, token, head, output_strides, dims)
+    out = normalize(acc, row_sum, v_scale).to(output_ptr.dtype.element_ty)
+    tl.store(output_ptr + offsets, out, mask=mask)
+    if lse_ptr is not None:
+        lse_row = (query_start + token).to(tl.int64) * lse_stride + head
+        tl.store(lse_ptr + lse_row, log_sum_exp(row_max, row_sum), mask=row_valid)

@@ -2,14 +2,230 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Attention of ragged batches over a paged KV cache."""
 
+import math
+from typing import NamedTuple
+
 import torch
 
-from vllm.triton_utils import triton
-
+from .checks import (
+    TensorSpec,
+    check_device,
+    check_dtype,
+    check_last_stride,
+    check_scale,
+    check_shape,
+    check_tensor,
+    free_strides,
+    reject,
+    signature,
+)
 from .decode import decode_kernel
+from .fp8 import FP8_DTYPES
+from .launch import Launch
+from .plan import (
+    BLOCK_SIZE_MULTIPLE,
+    HEAD_SIZES,
+    QUERY_DTYPES,
+    AttentionPlan,
+    Shape,
+    unsupported_kv_dtype,
+)
 from .prefill import prefill_kernel
 from .schedule import VarlenSchedule
 from .softmax import LOG2_E
+
+
+OPTIONAL = ("k_scale", "v_scale", "output_lse")
+
+
+class Options(NamedTuple):
+    """Arguments that are no tensors, and what the schedule chose."""
+
+    scale: float
+    causal: bool
+    softcap: float
+    sliding_window: int | None
+    shape: Shape
+    plan: AttentionPlan
+    num_workers: int
+
+
+def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, TensorSpec]:
+    """Raises the ValueErrors of `varlen_attention` about tensors; returns their specs."""
+    for name, tensor in tensors.items():
+        if tensor is not None or name not in OPTIONAL:
+            check_tensor(name, tensor)
+    specs = {n: TensorSpec(*signature(t)) for n, t in tensors.items() if t is not None}
+    query, key_cache = specs["query"], specs["key_cache"]
+    rows = ("num_tokens", "num_query_heads", "head_size")
+    check_shape("query", query, rows, (None, None, None))
+    check_dtype("query", query, QUERY_DTYPES)
+    _, num_query_heads, head_size = query.shape
+    if head_size not in HEAD_SIZES:
+        allowed = f"{HEAD_SIZES.start} to {HEAD_SIZES.stop - 1}"
+        reject("query", f"head_size {head_size}", allowed)
+    check_shape("output", specs["output"], rows, query.shape)
+    check_dtype("output", specs["output"], (query.dtype,), "It needs query's dtype.")
+
+    pages = ("num_blocks", "block_size", "num_kv_heads", "head_size")
+    advice = (
+        "Pass a view with query's head size, such as cache.transpose(1, 2) of an HND"
+        " cache or one half of a page that packs K and V."
+    )
+    check_shape("key_cache", key_cache, pages, (None, None, None, head_size), advice)
+    advice = "View a cache of bytes with cache.view(torch.float8_e4m3fn)."
+    check_dtype("key_cache", key_cache, (query.dtype, *FP8_DTYPES), advice)
+    _, block_size, num_kv_heads, _ = key_cache.shape
+    if block_size == 0 or block_size % BLOCK_SIZE_MULTIPLE:
+        allowed = f"a multiple of {BLOCK_SIZE_MULTIPLE}"
+        reject("key_cache", f"block_size {block_size}", allowed)
+    if num_kv_heads == 0 or num_query_heads % num_kv_heads:
+        allowed = f"a divisor of query's {num_query_heads} heads"
+        reject("key_cache", f"num_kv_heads {num_kv_heads}", allowed)
+    value_cache = specs["value_cache"]
+    check_shape("value_cache", value_cache, pages, key_cache.shape)
+    advice = "K and V need caches of the same dtype."
+    check_dtype("value_cache", value_cache, (key_cache.dtype,), advice)
+    for name in ("query", "output", "key_cache", "value_cache"):
+        check_last_stride(name, specs[name])
+    if reason := unsupported_kv_dtype(key_cache.dtype, key_cache.device):
+        reject("key_cache", key_cache.dtype, *reason)
+
+    check_integers("query_start_loc", specs, ("num_seqs + 1",))
+    check_integers("seq_lens", specs, ("num_seqs",))
+    check_integers("block_table", specs, ("num_seqs", "max_blocks"))
+    if lse := specs.get("output_lse"):
+        check_shape("output_lse", lse, rows[:2], query.shape[:2])
+        check_dtype("output_lse", lse, (torch.float32,))
+        check_last_stride("output_lse", lse)
+    for name in ("k_scale", "v_scale"):
+        if spec := specs.get(name):
+            check_scale(name, spec, "query", query)
+    for name, spec in specs.items():
+        check_device(name, spec, "query", query)
+    return specs
+
+
+def check_integers(
+    name: str, specs: dict[str, TensorSpec], dims: tuple[str, ...]
+) -> None:
+    spec = specs[name]
+    check_shape(name, spec, dims, (None,) * len(dims))
+    check_dtype(name, spec, (torch.int32,), f"Pass {name}.to(torch.int32).")
+    check_last_stride(name, spec)
+
+
+def check_options(
+    scale: float, softcap: float, sliding_window: int | None, max_query_len: int
+) -> None:
+    if not (math.isfinite(scale) and scale > 0):
+        reject("scale", scale, "a positive number")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        reject("softcap", softcap, "a positive number, or 0 for none")
+    if sliding_window is not None and sliding_window < 1:
+        reject("sliding_window", sliding_window, "1 or more, or None for none")
+    if not isinstance(max_query_len, int) or max_query_len < 0:
+        reject("max_query_len", max_query_len, "a length on the host, 0 or more")
+
+
+def check_schedule(specs: dict[str, TensorSpec], shape: Shape) -> None:
+    given = shape_of(*(specs[name] for name in ("query", "key_cache")))
+    if given != shape:
+        reject("schedule", f"one made for {shape}", f"one made for {given}")
+
+
+def shape_of(query, key_cache) -> Shape:
+    """The layer's shape, from tensors or from their specs."""
+    return Shape(
+        query.shape[1],
+        key_cache.shape[2],
+        query.shape[2],
+        key_cache.shape[1],
+        query.dtype,
+        key_cache.dtype,
+    )
+
+
+def check_batch(
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    max_query_len: int,
+    sliding_window: int | None,
+    schedule: VarlenSchedule,
+) -> None:
+    """Raises the ValueErrors that depend on the batch, checked in every call."""
+    num_seqs = seq_lens.shape[0]
+    if query_start_loc.shape[0] != num_seqs + 1:
+        got = f"{query_start_loc.shape[0]} elements"
+        reject("query_start_loc", got, f"{num_seqs + 1}, one more than seq_lens")
+    if block_table.shape[0] < num_seqs:
+        got = f"{block_table.shape[0]} rows"
+        reject("block_table", got, f"{num_seqs} or more, one per sequence")
+    updated = schedule.max_query_len, schedule.num_seqs, schedule.sliding_window
+    if updated != (max_query_len, num_seqs, sliding_window):
+        got = "one updated for max_query_len {}, {} sequences, window {}".format(*updated)
+        allowed = f"{max_query_len}, {num_seqs} sequences, window {sliding_window}"
+        reject("schedule", got, allowed, "Call schedule.update with this batch.")
+
+
+def row_strides(spec: TensorSpec) -> tuple[int, int]:
+    """Strides of tokens and heads; a batch of one token needs its stride for others."""
+    return spec.strides[0], free_strides(spec)[1]
+
+
+# Launches of the decode and the prefill kernel, by what `layer_key` says of a call.
+LAUNCHES: dict[tuple, tuple[Launch, Launch]] = {}
+
+
+def layer_key(tensor: torch.Tensor | None) -> tuple | None:
+    """All that matters of a tensor but its first size, which changes with the batch."""
+    if tensor is None:
+        return None
+    return tensor.dtype, tensor.device, tensor.shape[1:], tensor.stride()
+
+
+def prepare(specs: dict[str, TensorSpec], options: Options) -> tuple[Launch, Launch]:
+    """Plans the launches of the decode and the prefill kernel for a layer shape."""
+    shape, plan = options.shape, options.plan
+    score_scale, cap_scale = options.scale * LOG2_E, 0.0
+    if options.softcap:
+        score_scale = options.softcap * LOG2_E
+        cap_scale = 2 * LOG2_E * options.scale / options.softcap
+    lse = specs.get("output_lse")
+    arguments = (
+        row_strides(specs["output"]),
+        lse.strides[0] if lse else 0,
+        row_strides(specs["query"]),
+        free_strides(specs["key_cache"])[:3],
+        free_strides(specs["value_cache"])[:3],
+        specs["block_table"].strides[0],
+        score_scale,
+        cap_scale,
+        options.sliding_window or 0,
+    )
+    variant = dict(
+        GROUP=shape.group,
+        HEAD_SIZE=shape.head_size,
+        HEAD_PADDED=shape.head_padded,
+        BLOCK_SIZE=shape.block_size,
+        CAUSAL=options.causal,
+        WINDOWED=options.sliding_window is not None,
+        SOFTCAP=options.softcap > 0,
+    )
+    decode = Launch(
+        decode_kernel,
+        (options.num_workers,),
+        arguments,
+        dict(NUM_KV_HEADS=shape.num_kv_heads, **variant, **plan.decode.constants()),
+    )
+    prefill = Launch(
+        prefill_kernel,
+        (shape.num_kv_heads,),
+        arguments,
+        dict(**variant, **plan.prefill.constants()),
+    )
+    return decode, prefill
 
 
 def varlen_attention(
@@ -31,77 +247,107 @@ def varlen_attention(
     output_lse: torch.Tensor | None = None,
     schedule: VarlenSchedule | None = None,
 ) -> None:
+    """Attends every sequence's new tokens to all of its keys and values.
+
+    The last query_len of a sequence's seq_len tokens are new; those before are its
+    context. The new tokens' keys and values are in the cache already. What lies past
+    a sequence's end, in unused slots and in unused entries of the block table, may
+    hold anything.
+
+    Args:
+        query: [num_tokens, num_query_heads, head_size] float16, bfloat16 or float32;
+            rows past query_start_loc[-1] are padding.
+        key_cache: [num_blocks, block_size, num_kv_heads, head_size] of query's dtype
+            or float8, any strides but 1 in the last dimension.
+        value_cache: as key_cache, with strides of its own.
+        output: [num_tokens, num_query_heads, head_size], written in place; rows of no
+            sequence stay as they are.
+        query_start_loc: [num_seqs + 1] int32, first row of each sequence in query.
+        seq_lens: [num_seqs] int32, context and new tokens.
+        block_table: [num_seqs, max_blocks] int32, the pages of each sequence.
+        max_query_len: no sequence has more new tokens than this; decides which
+            kernels are launched.
+        scale: factor of the logits before the softmax, positive.
+        causal: a token sees the keys up to its own; False: all seq_len keys.
+        softcap: logits become softcap * tanh(logits / softcap); 0: they stay.
+        sliding_window: a token sees only this many keys, its own included; if not
+            causal, keys less than this far away on both sides. None: all.
+        k_scale, v_scale: [1] float32, what the cached values were divided by.
+        output_lse: [num_tokens, num_query_heads] float32, receives the natural
+            logarithm of each row's softmax denominator; -inf where no key is seen.
+        schedule: work lists, already updated for this batch; None: made here, at the
+            cost of allocations and a launch.
+
+    Raises:
+        ValueError: naming the argument that is not supported.
+    """
+    tensors = dict(
+        query=query,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        output=output,
+        query_start_loc=query_start_loc,
+        seq_lens=seq_lens,
+        block_table=block_table,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        output_lse=output_lse,
+    )
     if schedule is None:
+        check_options(scale, softcap, sliding_window, max_query_len)
+        check_arguments(tensors)
+        num_seqs, num_tokens = seq_lens.shape[0], query.shape[0]
+        if num_seqs == 0 or num_tokens == 0:
+            return
         schedule = VarlenSchedule(
-            max_num_seqs=max(seq_lens.shape[0], 1),
-            max_num_tokens=max(query.shape[0], 1),
-            num_query_heads=query.shape[1],
-            num_kv_heads=key_cache.shape[2],
-            head_size=query.shape[2],
-            block_size=key_cache.shape[1],
-            query_dtype=query.dtype,
-            kv_dtype=key_cache.dtype,
+            max_num_seqs=num_seqs,
+            max_num_tokens=num_tokens,
+            **shape_of(query, key_cache)._asdict(),
             device=query.device,
             sliding_window=sliding_window,
         )
         schedule.update(
-            query_start_loc,
-            seq_lens,
-            max_query_len=max_query_len,
-            num_tokens=query.shape[0],
-            causal=causal,
+            query_start_loc, seq_lens, max_query_len=max_query_len, num_tokens=num_tokens
         )
-    plan = schedule.plan
-    shape = schedule.shape
-    score_scale, cap_scale = scale * LOG2_E, 0.0
-    if softcap:
-        score_scale, cap_scale = softcap * LOG2_E, 2 * LOG2_E * scale / softcap
-    variant = dict(
-        GROUP=shape.group,
-        HEAD_SIZE=shape.head_size,
-        HEAD_PADDED=shape.head_padded,
-        BLOCK_SIZE=shape.block_size,
-        CAUSAL=causal,
-        WINDOWED=sliding_window is not None,
-        SOFTCAP=softcap > 0,
+    check_batch(
+        query_start_loc, seq_lens, block_table, max_query_len, sliding_window, schedule
     )
-    scales = (k_scale, v_scale)
-    strides = (
-        output.stride()[:2],
-        0 if output_lse is None else output_lse.stride(0),
-        query.stride()[:2],
-        key_cache.stride()[:3],
-        value_cache.stride()[:3],
-        block_table.stride(0),
-        score_scale,
-        cap_scale,
-        sliding_window or 0,
+    shape, plan = schedule.shape, schedule.plan
+    options = Options(
+        scale, causal, softcap, sliding_window, shape, plan, schedule.num_workers
     )
-    tensors = (output, output_lse, query, key_cache, value_cache, block_table)
-    decode_kernel[(schedule.num_workers,)](
-        *tensors,
+    key = (options, *map(layer_key, tensors.values()))
+    launches = LAUNCHES.get(key)
+    if launches is None:
+        check_options(scale, softcap, sliding_window, max_query_len)
+        specs = check_arguments(tensors)
+        check_schedule(specs, shape)
+        launches = LAUNCHES[key] = prepare(specs, options)
+    decode, prefill = launches
+    decode(
+        output,
+        output_lse,
+        query,
+        key_cache,
+        value_cache,
+        block_table,
         schedule.workers,
         schedule.sequences,
-        schedule.partials,
+        *schedule.partials,
         schedule.arrivals,
-        *scales,
-        *strides,
-        **variant,
-        NUM_KV_HEADS=shape.num_kv_heads,
-        BLOCK_M=plan.decode.block_m,
-        TILE=plan.decode.tile,
-        num_warps=plan.decode.num_warps,
-        num_stages=plan.decode.num_stages,
+        k_scale,
+        v_scale,
     )
     if schedule.num_items:
-        prefill_kernel[(shape.num_kv_heads, schedule.num_items)](
-            *tensors,
+        prefill(
+            output,
+            output_lse,
+            query,
+            key_cache,
+            value_cache,
+            block_table,
             schedule.items,
-            *scales,
-            *strides,
-            **variant,
-            BLOCK_M=plan.prefill.block_m,
-            TILE=plan.prefill.tile,
-            num_warps=plan.prefill.num_warps,
-            num_stages=plan.prefill.num_stages,
+            k_scale,
+            v_scale,
+            grid=(schedule.shape.num_kv_heads, schedule.num_items),
         )
