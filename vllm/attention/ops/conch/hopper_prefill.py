@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Prefill attention for Hopper: TMA, asynchronous matrix products, specialised warps.
+
+This file is the host side; the kernel is in `hopper_prefill_kernel`, imported only
+where it can run, since Gluon is an experimental part of Triton that changes with it.
+
+K, V and Q are read through TMA descriptors made on the host. Descriptors made on the
+device would need an allocator whose memory outlives every captured graph; those made
+on the host are kernel arguments, fixed when a graph is captured. They are cached by
+address and shape, as the caches of a model never move.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import torch
+
+from vllm.triton_utils import triton
+
+CAPABILITY = (9, 0)
+TRITON_VERSIONS = ("3.6.",)  # Gluon has no stable interface: what was tested
+HEAD_SIZES = (64, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16)
+CONSUMER_ROWS = 64
+PANEL = 64  # elements of 16 bits in 128 bytes, the widest swizzle
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """Tile and pipeline of a kernel."""
+
+    consumers: int  # warpgroups of 64 rows
+    block_n: int  # keys a tile
+    stages: int  # tiles of K, and of V, in flight
+    turns: bool  # consumers issue their matrix products in turns
+    narrow_p: bool = False  # probabilities go around the loop in 16 bits, not 32
+
+    @property
+    def block_m(self) -> int:
+        """Packed query rows a work item."""
+        return CONSUMER_ROWS * self.consumers
+
+
+CONFIGS = {
+    64: HopperConfig(consumers=2, block_n=128, stages=2, turns=True),
+    128: HopperConfig(consumers=2, block_n=128, stages=2, turns=True),
+    256: HopperConfig(consumers=2, block_n=64, stages=2, turns=False),
+}
+
+
+@lru_cache
+def is_available(device: torch.device) -> bool:
+    """Whether this device and this Triton can run the kernel."""
+    return (
+        device.type == "cuda"
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(device) == CAPABILITY
+        and triton.__version__.startswith(TRITON_VERSIONS)
+        and find_spec("triton.experimental.gluon") is not None
+    )
+
+
+def supports(
+    *,
+    head_size: int,
+    block_size: int,
+    query_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    softcap: float = 0.0,
+) -> bool:
+    """Whether the kernel covers a model's attention; else the portable one does."""
+    return (
+        head_size in HEAD_SIZES
+        and block_size % 16 == 0
+        and query_dtype in DTYPES
+        and kv_dtype == query_dtype
+        and softcap == 0.0
+    )
+
+
+def packed_heads(group: int) -> int:
+    """Query heads of one KV head that share a query tile: the largest power of two
+    that divides the group, at most 16."""
+    return min(group & -group, 16)
+
+
+@lru_cache(maxsize=4096)
+def describe(
+    address: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+):
+    """TMA descriptor of a strided tensor; holds the address, not the memory."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    base = SimpleNamespace(dtype=dtype, data_ptr=lambda: address)
+    layout = NVMMASharedLayout(128, 16, rank=len(box))
+    return TensorDescriptor(base, list(shape), list(strides), list(box), layout)
+
+
+def describe_tensor(tensor: torch.Tensor, box: tuple[int, ...]):
+    return describe(
+        tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), box
+    )
+
+
+@lru_cache
+def num_programs(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def check_alignment(name: str, tensor: torch.Tensor) -> None:
+    """TMA reads 16-byte units: ValueError where address or strides are not."""
+    unit = 16 // tensor.element_size()
+    if tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} has stride {tensor.stride(-1)} in its last dimension; it must be "
+            "1. Pass a view with contiguous heads."
+        )
+    if tensor.data_ptr() % 16 or any(s % unit for s in tensor.stride()[:-1]):
+        raise ValueError(
+            f"{name} has address {tensor.data_ptr():#x} and strides {tensor.stride()}; "
+            f"the address must be a multiple of 16 bytes and the strides of {unit} "
+            "elements. Use the portable kernel for this view."
+        )
+
+
+def hopper_prefill(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    output: torch.Tensor,
+    block_table: torch.Tensor,
+    work: torch.Tensor,
+    *,
+    pack: int,
+    scale: float,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    output_lse: torch.Tensor | None = None,
+    config: HopperConfig | None = None,
+) -> None:
+    """Attention of the queries on a work list to their sequences' paged keys.
+
+    Args:
+        query: [num_tokens, num_query_heads, head_size], bf16 or fp16.
+        key_cache: view [num_blocks, block_size, num_kv_heads, head_size], any strides
+            that are multiples of 16 bytes, the last 1.
+        value_cache: like key_cache, own strides.
+        output: like query; rows of queries that are not on the list stay untouched.
+        block_table: [num_seqs, max_blocks] int32; unused entries may hold anything.
+        work: [max_items, 8] int32, heaviest item first: sequence, query tile, first
+            row of the sequence in query, query length, sequence length, three fields
+            of no meaning here; sequence -1 ends the list. A query tile is
+            config.block_m rows of the sequence's query_len * pack packed rows,
+            row r = token r // pack, head r % pack of `pack` neighbouring heads. The
+            kernel does each item for every one of num_query_heads / pack head tiles.
+        pack: heads in a query tile, a power of two that divides the heads per KV head
+            and 64; 1: a tile is rows of one head. See `packed_heads`.
+        scale: factor of the logits, above 0.
+        causal: key position <= context + query index; False: all of the sequence.
+        sliding_window: keys a query sees, itself included; non-causal: both ways.
+        output_lse: optional [num_tokens, num_query_heads] fp32, contiguous.
+        config: tile and pipeline, default by head size.
+    """
+    from .hopper_prefill_kernel import hopper_prefill_kernel
+
+    _, block_size, num_kv_heads, head_size = key_cache.shape
+    num_query_heads = query.shape[1]
+    for name, tensor in (
+        ("query", query), ("key_cache", key_cache), ("value_cache", value_cache)
+    ):  # fmt: skip
+        check_alignment(name, tensor)
+    config = config or CONFIGS[head_size]
+    box = (1, min(block_size & -block_size, config.block_n), 1, PANEL)
+    hopper_prefill_kernel[(num_programs(query.device),)](
+        describe_tensor(query, (CONSUMER_ROWS // pack, pack, PANEL)),
+        describe_tensor(key_cache, box),
+        describe_tensor(value_cache, box),
+        output,
+        output_lse,
+        work,
+        block_table,
+        output.stride(0),
+        output.stride(1),
+        work.shape[0],
+        block_table.stride(0),
+        scale * LOG2E,
+        sliding_window or 0,
+        HEAD_SIZE=head_size,
+        BLOCK_N=config.block_n,
+        PAGE=block_size,
+        GROUP=num_query_heads // num_kv_heads,
+        PACK=pack,
+        HEAD_TILES=num_query_heads // pack,
+        CONSUMERS=config.consumers,
+        STAGES=config.stages,
+        CAUSAL=causal,
+        WINDOWED=sliding_window is not None,
+        TURNS=config.turns,
+        NARROW_P=config.narrow_p,
+        num_warps=4,
+    )

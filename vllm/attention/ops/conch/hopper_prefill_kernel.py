@@ -1,0 +1,456 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The Gluon kernel of `hopper_prefill`: one producer warp, two or three consumer
+warpgroups, persistent over a work list.
+
+Every consumer owns 64 rows of a query tile and keeps their scores, probabilities
+and output in registers. Its loop over key tiles, last tile first, is pipelined by
+one: Q.K of a tile is issued together with P.V of the tile before it, and the softmax
+of the new scores runs while the tensor cores still work on P.V. Named barriers let
+the consumers issue in turns, so that one computes its softmax under the matrix work
+of the other. The producer follows the block table and feeds K and V through two rings
+of shared memory with TMA, already for the next item while this one is being finished.
+
+The schedule (asynchronous pairs of products, turns, setmaxnreg) is that of
+FlashAttention-3, https://arxiv.org/abs/2407.08608; the code is not.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper_tiles import (
+    CONSUMER_ROWS,
+    PANEL,
+    Batch,
+    Config,
+    load_item,
+    make_rings,
+    tile_range,
+    unmasked_range,
+    visible_keys,
+)
+
+# Named barriers 0 to 4 are the compiler's; the consumers' turns start here.
+FIRST_TURN_BARRIER = gl.constexpr(8)
+WARPGROUP_THREADS = gl.constexpr(128)
+LN2 = gl.constexpr(0.6931471805599453)
+
+
+# --------------------------------------------------------------- producer
+
+
+@gluon.jit
+def load_page_ids(cfg, pages, last_page, first_key):
+    """Page of every box of a tile. Past the sequence's end the table may hold
+    anything: repeat the last page; the consumers mask (K) or clear (V) its rows."""
+    ids = ()
+    for box in gl.static_range(cfg.BLOCK_N // cfg.BOX):
+        page = (first_key + box * cfg.BOX) // cfg.PAGE
+        ids = ids + (gl.load(pages + gl.minimum(page, last_page)),)
+    return ids
+
+
+@gluon.jit
+def load_tile(cfg, desc, ring, full, free, count, pages, last_page, kv_head, tile):
+    """Fetch key tile `tile` into the ring's next slot, one TMA box per page piece
+    and panel."""
+    slot = count % cfg.STAGES
+    PANELS: gl.constexpr = cfg.HEAD_SIZE // PANEL
+    BOXES: gl.constexpr = cfg.BLOCK_N // cfg.BOX
+    tile_bytes: gl.constexpr = cfg.BLOCK_N * cfg.HEAD_SIZE * 2
+    panels = ring._reinterpret(
+        ring.dtype, [cfg.STAGES * PANELS, cfg.BLOCK_N, PANEL], cfg.KV_LAYOUT
+    )
+    first_key = tile * cfg.BLOCK_N
+    page_ids = load_page_ids(cfg, pages, last_page, first_key)  # before the wait
+    mbarrier.wait(free.index(slot), (count // cfg.STAGES) % 2 ^ 1)
+    mbarrier.expect(full.index(slot), tile_bytes)
+    for box in gl.static_range(BOXES):
+        key = first_key + box * cfg.BOX
+        for panel in gl.static_range(PANELS):
+            rows = panels.index(slot * PANELS + panel).slice(box * cfg.BOX, cfg.BOX)
+            tma.async_copy_global_to_shared(
+                desc,
+                [page_ids[box], key % cfg.PAGE, kv_head, panel * PANEL],
+                full.index(slot),
+                rows,
+            )
+
+
+@gluon.jit
+def load_queries(cfg, rings, q_desc, item, phase):
+    head = item.head_tile * cfg.PACK
+    PANELS: gl.constexpr = cfg.HEAD_SIZE // PANEL
+    q_bytes: gl.constexpr = CONSUMER_ROWS * cfg.HEAD_SIZE * 2
+    panels = rings.q._reinterpret(
+        rings.q.dtype, [cfg.CONSUMERS * PANELS, CONSUMER_ROWS, PANEL], cfg.KV_LAYOUT
+    )
+    for c in gl.static_range(cfg.CONSUMERS):
+        row = item.tile * cfg.BLOCK_M + c * CONSUMER_ROWS
+        mbarrier.wait(rings.q_free.index(c), phase ^ 1)
+        mbarrier.expect(rings.q_full.index(c), q_bytes)
+        for panel in gl.static_range(PANELS):
+            tma.async_copy_global_to_shared(
+                q_desc,
+                [item.q_start + row // cfg.PACK, head, panel * PANEL],
+                rings.q_full.index(c),
+                panels.index(c * PANELS + panel),
+            )
+
+
+@gluon.jit
+def producer(cfg, batch, rings, q_desc, k_desc, v_desc):
+    """Feed K of a tile before V of the tile after it: the order of use."""
+    turn = 0
+    count = 0  # key tiles fetched so far
+    item = load_item(cfg, batch, turn)
+    while item.seq >= 0:
+        begin, end = tile_range(cfg, batch, item)
+        kv_head = item.head_tile * cfg.PACK // cfg.GROUP
+        pages = batch.block_table + item.seq.to(gl.int64) * batch.block_table_stride
+        last_page = gl.maximum(item.seq_len - 1, 0) // cfg.PAGE
+        load_queries(cfg, rings, q_desc, item, turn % 2)
+        load_tile(
+            cfg, k_desc, rings.k, rings.k_full, rings.k_free, count, pages, last_page,
+            kv_head, end - 1,
+        )  # fmt: skip
+        for tile in range(end - 2, begin - 1, -1):
+            load_tile(
+                cfg, k_desc, rings.k, rings.k_full, rings.k_free, count + 1, pages,
+                last_page, kv_head, tile,
+            )  # fmt: skip
+            load_tile(
+                cfg, v_desc, rings.v, rings.v_full, rings.v_free, count, pages,
+                last_page, kv_head, tile + 1,
+            )  # fmt: skip
+            count += 1
+        load_tile(
+            cfg, v_desc, rings.v, rings.v_full, rings.v_free, count, pages, last_page,
+            kv_head, begin,
+        )  # fmt: skip
+        count += 1
+        turn += 1
+        item = load_item(cfg, batch, turn)
+
+
+# --------------------------------------------------------------- consumer
+
+
+@gluon.constexpr_function
+def barrier_asm(action, barrier, threads):
+    return f"bar.{action} {barrier}, {threads}; mov.b32 $0, $1;"
+
+
+@gluon.jit
+def named_barrier(ACTION: gl.constexpr, BARRIER: gl.constexpr, THREADS: gl.constexpr):
+    """`bar.sync` or `bar.arrive`; the value only gives the assembly an operand."""
+    ASM: gl.constexpr = barrier_asm(ACTION, BARRIER, THREADS)
+    gl.inline_asm_elementwise(ASM, "=r,r", [0], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def await_turn(cfg, CONSUMER: gl.constexpr):
+    if cfg.TURNS:
+        named_barrier("sync", FIRST_TURN_BARRIER + CONSUMER, 2 * WARPGROUP_THREADS)
+
+
+@gluon.jit
+def pass_turn(cfg, CONSUMER: gl.constexpr):
+    if cfg.TURNS:
+        NEXT: gl.constexpr = (CONSUMER + 1) % cfg.CONSUMERS
+        named_barrier("arrive", FIRST_TURN_BARRIER + NEXT, 2 * WARPGROUP_THREADS)
+
+
+@gluon.jit
+def issue_scores(cfg, rings, CONSUMER: gl.constexpr, slot):
+    """Start S = Q K^T.  Q: [64, HEAD_SIZE], K: [BLOCK_N, HEAD_SIZE]"""
+    return warpgroup_mma(
+        rings.q.index(CONSUMER),
+        rings.k.index(slot).permute((1, 0)),
+        gl.zeros([CONSUMER_ROWS, cfg.BLOCK_N], gl.float32, cfg.S_LAYOUT),
+        use_acc=False,
+        is_async=True,
+    )
+
+
+@gluon.jit
+def to_operand(cfg, p, dtype: gl.constexpr):
+    """Probabilities as the left operand of P.V: no data moves between threads."""
+    return gl.convert_layout(p.to(dtype), cfg.P_LAYOUT)
+
+
+@gluon.jit
+def carried(cfg, p, dtype: gl.constexpr):
+    """Probabilities as they go around the loop: fp32 spares packing and unpacking,
+    16 bits spare registers."""
+    if cfg.NARROW_P:
+        return p.to(dtype)
+    else:
+        return p
+
+
+@gluon.jit
+def mask_scores(cfg, batch, item, s, FIRST_ROW: gl.constexpr, tile):
+    """-inf where a row must not see a key.  s: [64, BLOCK_N]"""
+    rows = item.tile * cfg.BLOCK_M + FIRST_ROW
+    rows += gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, cfg.S_LAYOUT))
+    keys = tile * cfg.BLOCK_N
+    keys += gl.arange(0, cfg.BLOCK_N, gl.SliceLayout(0, cfg.S_LAYOUT))
+    begin, end = visible_keys(cfg, batch, item, rows // cfg.PACK)
+    keys = gl.expand_dims(keys, 0)
+    if cfg.CAUSAL or cfg.WINDOWED:
+        visible = keys < gl.expand_dims(end, 1)
+    else:
+        visible = keys < end
+    if cfg.WINDOWED:
+        visible = visible & (keys >= gl.expand_dims(begin, 1))
+    return gl.where(visible, s, float("-inf"))
+
+
+@gluon.jit
+def softmax_step(cfg, s, row_max, scale_log2, MASKED: gl.constexpr):
+    """Probabilities of a tile against the running maximum, both in powers of two.
+
+    Returns p: [64, BLOCK_N] fp32, the factor for what was summed before: [64], the
+    new maximum: [64].
+    """
+    new_max = gl.maximum(row_max, gl.max(s, 1) * scale_log2)
+    base = new_max
+    if MASKED:
+        # A row that has seen no key yet: exp2(-inf - 0) = 0, not NaN.
+        base = gl.where(new_max == float("-inf"), 0.0, new_max)
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(base, 1))
+    return p, gl.exp2(row_max - base), new_max
+
+
+@gluon.jit
+def zero_rows(cfg, tile, first):
+    """Clear rows [first, BLOCK_N) of a V tile: a probability of 0 does not silence
+    a NaN that an unused slot may hold.  tile: [BLOCK_N, HEAD_SIZE]"""
+    ROWS: gl.constexpr = 16
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    for start in gl.static_range(0, cfg.BLOCK_N, ROWS):
+        if start + ROWS > first:
+            part = tile.slice(start, ROWS)
+            rows = start + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+            keep = gl.expand_dims(rows < first, 1)
+            part.store(gl.where(keep, part.load(LAYOUT), 0.0))
+    fence_async_shared()
+
+
+@gluon.jit
+def consume_tile(
+    cfg, batch, rings, item, CONSUMER: gl.constexpr, MASKED: gl.constexpr,
+    tile, count, acc, p, row_max, row_sum,
+):  # fmt: skip
+    """S of tile `tile` beside P.V of the tile before, then the softmax of S.
+
+    acc: [64, HEAD_SIZE] without the last tile, p: [64, BLOCK_N] of the last tile,
+    row_max, row_sum: [64] with it.
+    """
+    slot = count % cfg.STAGES
+    v_slot = (count - 1) % cfg.STAGES
+    v_phase = (count - 1) // cfg.STAGES % 2
+    mbarrier.wait(rings.k_full.index(slot), count // cfg.STAGES % 2)
+    await_turn(cfg, CONSUMER)
+    s = issue_scores(cfg, rings, CONSUMER, slot)
+    operand = to_operand(cfg, p, rings.v.dtype)
+    mbarrier.wait(rings.v_full.index(v_slot), v_phase)
+    acc = warpgroup_mma(operand, rings.v.index(v_slot), acc, is_async=True)
+    pass_turn(cfg, CONSUMER)
+    s = warpgroup_mma_wait(1, deps=[s])
+    mbarrier.arrive(rings.k_free.index(slot))
+    if MASKED:
+        s = mask_scores(cfg, batch, item, s, CONSUMER * CONSUMER_ROWS, tile)
+    p_next, decay, row_max = softmax_step(cfg, s, row_max, batch.scale_log2, MASKED)
+    row_sum = row_sum * decay + gl.sum(p_next, 1)
+    p_next = carried(cfg, p_next, rings.v.dtype)
+    # Passed long ago. It ends the basic block: ptxas would otherwise move the wait
+    # for P.V in front of the exponentials that are to run under it.
+    mbarrier.wait(rings.v_full.index(v_slot), v_phase)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(rings.v_free.index(v_slot))
+    decay = gl.convert_layout(decay, gl.SliceLayout(1, cfg.O_LAYOUT))
+    acc = acc * gl.expand_dims(decay, 1)
+    return acc, p_next, row_max, row_sum
+
+
+@gluon.jit
+def first_tile(cfg, batch, rings, item, CONSUMER: gl.constexpr, tile, count):
+    """Softmax of an item's last key tile, the only one that may reach beyond the
+    sequence's end.  Returns p: [64, BLOCK_N] in V's dtype, row_max, row_sum: [64]"""
+    slot = count % cfg.STAGES
+    phase = count // cfg.STAGES % 2
+    mbarrier.wait(rings.k_full.index(slot), phase)
+    s = issue_scores(cfg, rings, CONSUMER, slot)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(rings.k_free.index(slot))
+    s = mask_scores(cfg, batch, item, s, CONSUMER * CONSUMER_ROWS, tile)
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, cfg.S_LAYOUT)
+    none = gl.full([CONSUMER_ROWS], float("-inf"), gl.float32, LAYOUT)
+    p, _, row_max = softmax_step(cfg, s, none, batch.scale_log2, True)
+    keys = item.seq_len - tile * cfg.BLOCK_N
+    if keys < cfg.BLOCK_N:
+        mbarrier.wait(rings.v_full.index(slot), phase)
+        zero_rows(cfg, rings.v.index(slot), keys)
+    return carried(cfg, p, rings.v.dtype), row_max, gl.sum(p, 1)
+
+
+@gluon.jit
+def store_rows(cfg, batch, item, CONSUMER: gl.constexpr, acc, row_sum):
+    """Write a consumer's rows that are queries of the sequence.  acc: [64, D]"""
+    total = gl.convert_layout(row_sum, gl.SliceLayout(1, cfg.O_LAYOUT))
+    inverse = gl.where(total > 0.0, 1.0 / total, 0.0)
+    out = (acc * gl.expand_dims(inverse, 1)).to(batch.output.dtype.element_ty)
+    out = gl.convert_layout(out, cfg.STORE_LAYOUT)
+    rows = item.tile * cfg.BLOCK_M + CONSUMER * CONSUMER_ROWS
+    rows += gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, cfg.STORE_LAYOUT))
+    columns = gl.arange(0, cfg.HEAD_SIZE, gl.SliceLayout(0, cfg.STORE_LAYOUT))
+    token = rows // cfg.PACK
+    head = item.head_tile * cfg.PACK + rows % cfg.PACK
+    offsets = (item.q_start + token).to(gl.int64) * batch.output_token_stride
+    offsets += head * batch.output_head_stride
+    pointers = batch.output + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
+    gl.store(pointers, out, mask=gl.expand_dims(token < item.query_len, 1))
+
+
+@gluon.jit
+def store_lse(cfg, batch, lse, item, CONSUMER: gl.constexpr, row_max, row_sum):
+    """Natural logarithm of a row's sum of exponentials; -inf if it saw nothing.
+    lse: [num_tokens, num_query_heads] fp32"""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, cfg.S_LAYOUT)
+    rows = item.tile * cfg.BLOCK_M + CONSUMER * CONSUMER_ROWS
+    rows += gl.arange(0, CONSUMER_ROWS, LAYOUT)
+    token = rows // cfg.PACK
+    head = item.head_tile * cfg.PACK + rows % cfg.PACK
+    value = (row_max + gl.log2(row_sum)) * LN2
+    value = gl.where(row_sum > 0.0, value, float("-inf"))
+    heads: gl.constexpr = cfg.HEAD_TILES * cfg.PACK
+    offsets = (item.q_start + token).to(gl.int64) * heads + head
+    gl.store(lse + offsets, value, mask=token < item.query_len)
+
+
+@gluon.jit
+def consumer(cfg, batch, rings, lse, CONSUMER: gl.constexpr):
+    FIRST_ROW: gl.constexpr = CONSUMER * CONSUMER_ROWS
+    if CONSUMER == cfg.CONSUMERS - 1:
+        pass_turn(cfg, CONSUMER)
+    turn = 0
+    count = 0  # key tiles used so far
+    item = load_item(cfg, batch, turn)
+    while item.seq >= 0:
+        begin, end = tile_range(cfg, batch, item)
+        full_begin, full_end = unmasked_range(cfg, batch, item, FIRST_ROW, begin, end)
+        mbarrier.wait(rings.q_full.index(CONSUMER), turn % 2)
+        p, row_max, row_sum = first_tile(
+            cfg, batch, rings, item, CONSUMER, end - 1, count
+        )
+        acc = gl.zeros([CONSUMER_ROWS, cfg.HEAD_SIZE], gl.float32, cfg.O_LAYOUT)
+        for tile in range(end - 2, full_end - 1, -1):
+            count += 1
+            acc, p, row_max, row_sum = consume_tile(
+                cfg, batch, rings, item, CONSUMER, True, tile, count, acc, p,
+                row_max, row_sum,
+            )  # fmt: skip
+        for tile in range(full_end - 1, full_begin - 1, -1):
+            count += 1
+            acc, p, row_max, row_sum = consume_tile(
+                cfg, batch, rings, item, CONSUMER, False, tile, count, acc, p,
+                row_max, row_sum,
+            )  # fmt: skip
+        if cfg.WINDOWED:
+            for tile in range(full_begin - 1, begin - 1, -1):
+                count += 1
+                acc, p, row_max, row_sum = consume_tile(
+                    cfg, batch, rings, item, CONSUMER, True, tile, count, acc, p,
+                    row_max, row_sum,
+                )  # fmt: skip
+        mbarrier.arrive(rings.q_free.index(CONSUMER))
+        slot = count % cfg.STAGES
+        mbarrier.wait(rings.v_full.index(slot), count // cfg.STAGES % 2)
+        operand = to_operand(cfg, p, rings.v.dtype)
+        acc = warpgroup_mma(operand, rings.v.index(slot), acc)
+        mbarrier.arrive(rings.v_free.index(slot))
+        count += 1
+        store_rows(cfg, batch, item, CONSUMER, acc, row_sum)
+        if lse is not None:
+            store_lse(cfg, batch, lse, item, CONSUMER, row_max, row_sum)
+        turn += 1
+        item = load_item(cfg, batch, turn)
+    if CONSUMER == 0:
+        await_turn(cfg, CONSUMER)  # takes back the turn that nobody will use
+
+
+# ----------------------------------------------------------------- kernel
+
+
+@gluon.jit(
+    do_not_specialize=["max_items", "block_table_stride", "window"],
+)
+def hopper_prefill_kernel(
+    q_desc,  # [num_tokens, num_query_heads, HEAD_SIZE], box [64 / PACK, PACK, 64]
+    k_desc,  # [num_blocks, PAGE, num_kv_heads, HEAD_SIZE], box [1, BOX, 1, 64]
+    v_desc,  # like k_desc
+    output,
+    lse,
+    work,
+    block_table,
+    output_token_stride,
+    output_head_stride,
+    max_items,
+    block_table_stride,
+    scale_log2,
+    window,
+    HEAD_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    PAGE: gl.constexpr,
+    GROUP: gl.constexpr,
+    PACK: gl.constexpr,
+    HEAD_TILES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    WINDOWED: gl.constexpr,
+    TURNS: gl.constexpr,
+    NARROW_P: gl.constexpr,
+):
+    BOX: gl.constexpr = k_desc.block_shape[1]
+    cfg = Config(
+        HEAD_SIZE, BLOCK_N, PAGE, BOX, GROUP, PACK, HEAD_TILES, CONSUMERS, STAGES,
+        CAUSAL, WINDOWED, TURNS, NARROW_P,
+    )  # fmt: skip
+    batch = Batch(
+        output, output_token_stride, output_head_stride, work, max_items, block_table,
+        block_table_stride, scale_log2, window,
+    )  # fmt: skip
+    rings = make_rings(cfg, k_desc.dtype)
+    # Three warpgroups share 504 registers a thread lane, four 512.
+    CONSUMER_REGISTERS: gl.constexpr = 232 if HEAD_SIZE == 64 else 240
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consumer, (cfg, batch, rings, lse, 0)),
+                (consumer, (cfg, batch, rings, lse, 1)),
+                (producer, (cfg, batch, rings, q_desc, k_desc, v_desc)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, 504 - 2 * CONSUMER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (cfg, batch, rings, lse, 0)),
+                (consumer, (cfg, batch, rings, lse, 1)),
+                (consumer, (cfg, batch, rings, lse, 2)),
+                (producer, (cfg, batch, rings, q_desc, k_desc, v_desc)),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What the Hopper prefill kernel's warps share: the configuration, shared memory, the
+batch, and which query rows and key tiles a work item is made of."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.language.core import _aggregate as aggregate
+
+# Rows of one consumer: the M of a warpgroup's matrix instruction.
+CONSUMER_ROWS = gl.constexpr(64)
+# Columns of a shared-memory panel: 128 bytes, the widest swizzle.
+PANEL = gl.constexpr(64)
+# int32 fields of a work item: sequence, query tile, first query row, query length,
+# sequence length; the rest is not ours.
+ITEM_FIELDS = gl.constexpr(8)
+
+
+@gluon.constexpr_function
+def wgmma_layout(columns):
+    """Accumulator of one warpgroup: [64, columns]."""
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16]
+    )
+
+
+@gluon.constexpr_function
+def store_layout(columns):
+    """The accumulator's layout with two column bits of lane and register exchanged:
+    every thread has eight neighbouring columns, one 16-byte store."""
+    high = [[0, 1 << i] for i in range(5, columns.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0]] + high,
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, columns],
+    )
+
+
+@aggregate
+class Config:
+    """What one compiled kernel is made for."""
+
+    HEAD_SIZE: gl.constexpr
+    BLOCK_N: gl.constexpr
+    PAGE: gl.constexpr
+    BOX: gl.constexpr
+    GROUP: gl.constexpr
+    PACK: gl.constexpr
+    HEAD_TILES: gl.constexpr
+    CONSUMERS: gl.constexpr
+    STAGES: gl.constexpr
+    CAUSAL: gl.constexpr
+    WINDOWED: gl.constexpr
+    TURNS: gl.constexpr
+    NARROW_P: gl.constexpr
+    BLOCK_M: gl.constexpr
+    S_LAYOUT: gl.constexpr
+    O_LAYOUT: gl.constexpr
+    P_LAYOUT: gl.constexpr
+    KV_LAYOUT: gl.constexpr
+    STORE_LAYOUT: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self,
+        head_size,
+        block_n,
+        page,
+        box,
+        group,
+        pack,
+        head_tiles,
+        consumers,
+        stages,
+        causal,
+        windowed,
+        turns,
+        narrow_p,
+    ):
+        self.HEAD_SIZE = gl.constexpr(head_size)
+        self.BLOCK_N = gl.constexpr(block_n)
+        self.PAGE = gl.constexpr(page)
+        self.BOX = gl.constexpr(box)
+        self.GROUP = gl.constexpr(group)
+        self.PACK = gl.constexpr(pack)
+        self.HEAD_TILES = gl.constexpr(head_tiles)
+        self.CONSUMERS = gl.constexpr(consumers)
+        self.STAGES = gl.constexpr(stages)
+        self.CAUSAL = gl.constexpr(causal)
+        self.WINDOWED = gl.constexpr(windowed)
+        self.TURNS = gl.constexpr(turns)
+        self.NARROW_P = gl.constexpr(narrow_p)
+        self.BLOCK_M = gl.constexpr(64 * consumers)
+        self.S_LAYOUT = gl.constexpr(wgmma_layout(block_n))
+        self.O_LAYOUT = gl.constexpr(wgmma_layout(head_size))
+        self.P_LAYOUT = gl.constexpr(
+            gl.DotOperandLayout(0, wgmma_layout(head_size), k_width=2)
+        )
+        self.KV_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+        self.STORE_LAYOUT = gl.constexpr(store_layout(head_size))
+
+
+@aggregate
+class Batch:
+    """The tensors of a call other than Q, K and V, which are TMA descriptors."""
+
+    output: gl.tensor  # [num_tokens, num_query_heads, HEAD_SIZE]
+    output_token_stride: gl.tensor
+    output_head_stride: gl.tensor
+    work: gl.tensor  # [max_items, ITEM_FIELDS] int32
+    max_items: gl.tensor
+    block_table: gl.tensor  # [num_seqs, max_blocks] int32
+    block_table_stride: gl.tensor
+    scale_log2: gl.tensor  # softmax scale * log2(e)
+    window: gl.tensor  # keys a query sees, itself included; unused if not WINDOWED
+
+    @gluon.constexpr_function
+    def __init__(
+        self,
+        output,
+        output_token_stride,
+        output_head_stride,
+        work,
+        max_items,
+        block_table,
+        block_table_stride,
+        scale_log2,
+        window,
+    ):
+        self.output = output
+        self.output_token_stride = output_token_stride
+        self.output_head_stride = output_head_stride
+        self.work = work
+        self.max_items = max_items
+        self.block_table = block_table
+        self.block_table_stride = block_table_stride
+        self.scale_log2 = scale_log2
+        self.window = window
+
+
+@aggregate
+class Rings:
+    """Shared memory, and the barriers that say full or free."""
+
+    q: gl.shared_memory_descriptor  # [CONSUMERS, 64, HEAD_SIZE]
+    k: gl.shared_memory_descriptor  # [STAGES, BLOCK_N, HEAD_SIZE]
+    v: gl.shared_memory_descriptor  # [STAGES, BLOCK_N, HEAD_SIZE]
+    q_full: gl.shared_memory_descriptor
+    q_free: gl.shared_memory_descriptor
+    k_full: gl.shared_memory_descriptor
+    k_free: gl.shared_memory_descriptor
+    v_full: gl.shared_memory_descriptor
+    v_free: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, q, k, v, q_full, q_free, k_full, k_free, v_full, v_free):
+        self.q = q
+        self.k = k
+        self.v = v
+        self.q_full = q_full
+        self.q_free = q_free
+        self.k_full = k_full
+        self.k_free = k_free
+        self.v_full = v_full
+        self.v_free = v_free
+
+
+@aggregate
+class Item:
+    """One query tile of BLOCK_M rows. Row r of it is packed row
+    tile * BLOCK_M + r: token row // PACK, head head_tile * PACK + row % PACK."""
+
+    seq: gl.tensor  # -1: the list has ended
+    tile: gl.tensor
+    q_start: gl.tensor
+    query_len: gl.tensor
+    seq_len: gl.tensor
+    head_tile: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, seq, tile, q_start, query_len, seq_len, head_tile):
+        self.seq = seq
+        self.tile = tile
+        self.q_start = q_start
+        self.query_len = query_len
+        self.seq_len = seq_len
+        self.head_tile = head_tile
+
+
+@gluon.jit
+def make_barriers(NUM: gl.constexpr, ARRIVALS: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUM):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def make_rings(cfg, dtype: gl.constexpr):
+    kv_shape: gl.constexpr = [cfg.STAGES, cfg.BLOCK_N, cfg.HEAD_SIZE]
+    q_shape: gl.constexpr = [cfg.CONSUMERS, CONSUMER_ROWS, cfg.HEAD_SIZE]
+    return Rings(
+        gl.allocate_shared_memory(dtype, q_shape, cfg.KV_LAYOUT),
+        gl.allocate_shared_memory(dtype, kv_shape, cfg.KV_LAYOUT),
+        gl.allocate_shared_memory(dtype, kv_shape, cfg.KV_LAYOUT),
+        make_barriers(cfg.CONSUMERS, 1),
+        make_barriers(cfg.CONSUMERS, 1),
+        make_barriers(cfg.STAGES, 1),
+        make_barriers(cfg.STAGES, cfg.CONSUMERS),
+        make_barriers(cfg.STAGES, 1),
+        make_barriers(cfg.STAGES, cfg.CONSUMERS),
+    )
+
+
+@gluon.jit
+def load_item(cfg, batch, turn):
+    """This program's item of a round over the list, items dealt out in snake order:
+    the list is heaviest first, and who got the heaviest of one round gets the
+    lightest of the next."""
+    last = gl.num_programs(0) - 1
+    program = gl.program_id(0)
+    place = gl.where(turn % 2 == 0, program, last - program)
+    index = turn * (last + 1) + place
+    row = index // cfg.HEAD_TILES
+    fields = batch.work + gl.minimum(row, batch.max_items - 1) * ITEM_FIELDS
+    seq = gl.where(row < batch.max_items, gl.load(fields), -1)
+    return Item(
+        seq,
+        gl.load(fields + 1),
+        gl.load(fields + 2),
+        gl.load(fields + 3),
+        gl.load(fields + 4),
+        index % cfg.HEAD_TILES,
+    )
+
+
+@gluon.jit
+def query_tokens(cfg, item, FIRST_ROW: gl.constexpr, ROWS: gl.constexpr):
+    """Tokens [begin, end) of the sequence's queries with rows in a part of the tile;
+    empty parts count as the last token, so that bounds stay meaningful."""
+    row = item.tile * cfg.BLOCK_M + FIRST_ROW
+    begin = gl.minimum(row // cfg.PACK, item.query_len - 1)
+    end = gl.minimum((row + ROWS - 1) // cfg.PACK + 1, item.query_len)
+    return begin, end
+
+
+@gluon.jit
+def visible_keys(cfg, batch, item, token):
+    """Keys [begin, end) that a query token of the item sees."""
+    position = item.seq_len - item.query_len + token
+    begin = 0
+    end = item.seq_len
+    if cfg.WINDOWED:
+        begin = gl.maximum(position - batch.window + 1, 0)
+        end = gl.minimum(end, position + batch.window)
+    if cfg.CAUSAL:
+        end = gl.minimum(end, position + 1)
+    return begin, gl.maximum(end, 0)
+
+
+@gluon.jit
+def tile_range(cfg, batch, item):
+    """Key tiles [begin, end) of an item; at least one, if only to find that nothing
+    is visible."""
+    first, last = query_tokens(cfg, item, 0, cfg.BLOCK_M)
+    begin_key, _ = visible_keys(cfg, batch, item, first)
+    _, end_key = visible_keys(cfg, batch, item, last - 1)
+    end = gl.maximum(gl.cdiv(end_key, cfg.BLOCK_N), 1)
+    begin = gl.minimum(begin_key // cfg.BLOCK_N, end - 1)
+    return begin, end
+
+
+@gluon.jit
+def unmasked_range(cfg, batch, item, FIRST_ROW: gl.constexpr, begin, end):
+    """Key tiles of [begin, end - 1) that all rows of a consumer see whole."""
+    first, last = query_tokens(cfg, item, FIRST_ROW, CONSUMER_ROWS)
+    _, seen_by_first = visible_keys(cfg, batch, item, first)
+    seen_from_last, _ = visible_keys(cfg, batch, item, last - 1)
+    full_end = gl.minimum(seen_by_first // cfg.BLOCK_N, end - 1)
+    full_end = gl.maximum(full_end, begin)
+    full_begin = begin
+    if cfg.WINDOWED:
+        full_begin = gl.maximum(begin, gl.cdiv(seen_from_last, cfg.BLOCK_N))
+        full_begin = gl.minimum(full_begin, full_end)
+    return full_begin, full_end
