@@ -73,7 +73,7 @@ def encode_fp8(x, FP8: tl.constexpr):
     shift = tl.full([], SUBNORMAL_SHIFT, tl.int32).to(tl.float32, bitcast=True)
     subnormal = (tl.abs(x) + shift).to(tl.int32, bitcast=True) - SUBNORMAL_SHIFT
     code = tl.where(magnitude < SMALLEST_NORMAL, subnormal, normal)
-    if FP8 == tl.float8e4b8:  # no negative zero: its bits are the one NaN
+    if FP8.is_fp8e4b8():  # no negative zero: its bits are the one NaN
         code = tl.where(code == 0, 0, code | sign)
         code = tl.where(x == x, code, 0x80)
     else:
@@ -88,33 +88,28 @@ def to_fp8(x, FP8: tl.constexpr, FP8_MAX: tl.constexpr, STORED: tl.constexpr):
     STORED is the element type of the pointer that the result goes through.
     """
     x = tl.clamp(x, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
-    if STORED == tl.uint8:
-        converted = encode_fp8(x, FP8)
-    else:
-        converted = x.to(STORED)
-    return converted
+    return x.to(STORED) if STORED.is_fp8() else encode_fp8(x, FP8)
 
 
 @triton.jit
 def divide_to_fp8(
     x, scale, FP8: tl.constexpr, FP8_MAX: tl.constexpr, STORED: tl.constexpr
 ):
-    """x / scale in fp8: the quotient rounded to fp32 first, then as `to_fp8`.
+    """Quotient of x and scale, rounded to fp32 first, then as `to_fp8`.
 
     In hardware a multiplication by the reciprocal and one correction by fused
     multiply-adds gives that quotient (Markstein 1990) in a quarter of the
     instructions of a division.  The interpreter has no fused multiply-add.
     """
     x = x.to(tl.float32)
-    if STORED == tl.uint8:
-        quotient = tl.div_rn(x, scale)
-    else:
+    if STORED.is_fp8():
         reciprocal = tl.div_rn(1.0, scale)
-        quotient = x * reciprocal
-        # An infinite quotient has no remainder to correct by.
+        # Saturated at once: an infinite quotient has no remainder to correct by.
         quotient = tl.clamp(
-            quotient, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL
+            x * reciprocal, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL
         )
         remainder = tl.fma(-quotient, scale, x)
         quotient = tl.fma(remainder, reciprocal, quotient)
+    else:
+        quotient = tl.div_rn(x, scale)
     return to_fp8(quotient, FP8, FP8_MAX, STORED)

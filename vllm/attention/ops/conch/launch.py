@@ -22,6 +22,9 @@ class Launch:
     None, on the device and on the alignment of addresses.  The last two are looked at
     in each call; the rest must be the same for all calls of one object, so make one
     per combination and keep it, for example under `functools.lru_cache`.
+
+    On AMD GPUs a variant also depends on the size of the memory behind a tensor, and
+    the interpreter has no variants: there Triton looks for itself.
     """
 
     def __init__(
@@ -45,7 +48,8 @@ class Launch:
         self.arguments = arguments
         self.constants = constants
         self.variants: dict[tuple, object] = {}
-        self.is_compiled = isinstance(kernel, triton.JITFunction)
+        is_compiled = isinstance(kernel, triton.JITFunction)
+        self.is_cacheable = is_compiled and torch.version.cuda is not None
         self.after_tensors = arguments + tuple(
             constants[name] for name in kernel.arg_names if name in constants
         )
@@ -55,7 +59,7 @@ class Launch:
     ) -> None:
         """Launches; grid replaces that of the constructor."""
         programs = self.grid if grid is None else (*grid, 1)
-        if not self.is_compiled:  # Triton's interpreter
+        if not self.is_cacheable:
             self.launch(programs, tensors)
             return
         driver = triton.runtime.driver.active

@@ -216,7 +216,7 @@ def check_arguments(
 
 @lru_cache(maxsize=4096)
 def prepare(*signatures: tuple | None) -> Launch | None:
-    """Checks the arguments of `reshape_and_cache` and plans its launch, once a shape."""
+    """Checks the arguments of `reshape_and_cache` and plans its launch."""
     specs = [sig and TensorSpec(*sig) for sig in signatures]
     check_arguments(*specs)
     key, _, key_cache, _, slot_mapping = specs[:5]
