@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What the cache write and the quantisation compile to on every supported GPU.
+
+Needs no GPU.  Bandwidth needs 16-byte accesses and many threads at once: a change that
+loses either, or spills, shows here before anybody measures it.
+"""
+
+import pytest
+import torch
+
+from tests.kernels.attention.conch_compile import (
+    TARGETS,
+    Resources,
+    compile_for,
+    compile_on_all,
+    resources,
+)
+
+BF16 = torch.bfloat16
+WIDE_LOADS = {"cuda": "LDG.E.EF.128", "hip": "buffer_load_dwordx4"}
+WIDE_STORES = {"cuda": "STG.E.128", "hip": "buffer_store_dwordx4"}
+
+
+def fp8_cache(name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """An fp8 tensor as kernels get it on that target."""
+    from vllm.attention.ops.conch.fp8 import converts_in_hardware
+    from vllm.attention.ops.conch.plan import Device
+
+    target = TARGETS[name]
+    tensor = torch.zeros(shape, dtype=torch.uint8)
+    device = Device(target.backend, target.arch, num_units=1, shared_memory=0)
+    return tensor.view(dtype) if converts_in_hardware(dtype, device) else tensor
+
+
+def compile_cache_write(name: str, cache_dtype: torch.dtype | None) -> Resources:
+    """The large tile for 8 heads of 128, K and V packed in one page of 16."""
+    from vllm.attention.ops.conch.fp8 import triton_fp8
+    from vllm.attention.ops.conch.reshape_and_cache import (
+        plan_tile,
+        reshape_and_cache_kernel,
+    )
+
+    tile = plan_tile(10**6, 1024, 132)
+    key = torch.zeros(4, 6144, dtype=BF16)[:, :1024].unflatten(1, (8, 128))
+    pages = (2, 8, 16, 256)
+    packed = torch.zeros(pages, dtype=BF16)
+    if cache_dtype:
+        packed = fp8_cache(name, cache_dtype, *pages)
+    key_cache, value_cache = packed.transpose(1, 2).split(128, -1)
+    scale = torch.ones(1) if cache_dtype else None
+    compiled = compile_for(
+        TARGETS[name],
+        reshape_and_cache_kernel,
+        *(key, key, key_cache, value_cache, torch.zeros(4, dtype=torch.int64)),
+        *(scale, scale),
+        *(key.stride()[:2], key.stride()[:2]),
+        *(key_cache.stride()[:3], value_cache.stride()[:3]),
+        4,
+        NUM_KV_HEADS=8,
+        HEAD_SIZE=128,
+        BLOCK_SIZE=16,
+        FP8=triton_fp8(cache_dtype) if cache_dtype else None,
+        FP8_MAX=torch.finfo(cache_dtype).max if cache_dtype else None,
+        TOKENS=tile.tokens,
+        ELEMENTS=tile.elements,
+        num_warps=tile.num_warps,
+    )
+    return resources(compiled)
+
+
+def compile_quantize(name: str, mode: str) -> Resources:
+    """The large tile, or one row of 4096."""
+    from vllm.attention.ops.conch.fp8 import triton_fp8
+    from vllm.attention.ops.conch.scaled_fp8_quant import (
+        LARGE_TILE,
+        MAX_PARTIALS,
+        absmax_kernel,
+        num_warps,
+        quantize_kernel,
+        quantize_rows_kernel,
+    )
+
+    dtype = torch.float8_e4m3fnuz if name == "gfx942" else torch.float8_e4m3fn
+    x, output = torch.zeros(16, dtype=BF16), fp8_cache(name, dtype, 16)
+    scale, partials = torch.ones(1), torch.zeros(16)
+    options = {"num_warps": num_warps(LARGE_TILE)}
+    fp8 = {"FP8": triton_fp8(dtype), "FP8_MAX": 448.0}
+    if mode == "absmax":
+        kernel, arguments = absmax_kernel, (partials, x, 2**24, 0, 64, 64)
+        options["TILE"] = LARGE_TILE
+    elif mode == "per_token":
+        kernel = quantize_rows_kernel
+        arguments = (output, scale, x, None, LARGE_TILE, LARGE_TILE, LARGE_TILE, 64)
+        row = {"ROWS": 1, "COLUMNS": LARGE_TILE, "IN_REGISTERS": True}
+        options |= fp8 | row | {"MIN_SCALE": 1e-6}
+    else:
+        kernel = quantize_kernel
+        given = (scale, None) if mode == "static" else (scale, partials)
+        arguments = (output, x, *given, 2**24, 0, 0, 64, 64)
+        options |= fp8 | {"TILE": LARGE_TILE, "MAX_PARTIALS": MAX_PARTIALS}
+    return resources(compile_for(TARGETS[name], kernel, *arguments, **options))
+
+
+def compile_all(name: str) -> dict[str, Resources]:
+    native = torch.float8_e4m3fnuz if name == "gfx942" else torch.float8_e4m3fn
+    return {
+        "copy": compile_cache_write(name, None),
+        "copy_fp8": compile_cache_write(name, native),
+        "copy_e5m2": compile_cache_write(name, torch.float8_e5m2),
+        **{
+            mode: compile_quantize(name, mode)
+            for mode in ("static", "absmax", "dynamic", "per_token")
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, Resources]]:
+    found = compile_on_all(compile_all)
+    return {
+        target: {kernel: Resources(*fields) for kernel, fields in kernels.items()}
+        for target, kernels in found.items()
+    }
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_resources(name: str, compiled: dict[str, dict[str, Resources]]) -> None:
+    backend = TARGETS[name].backend
+    load, store = WIDE_LOADS[backend], WIDE_STORES[backend]
+    for kernel, found in compiled[name].items():
+        assert found.spilled_bytes == 0, (kernel, found)
+        assert found.registers <= 64, (kernel, found)
+        wide = {load, load.replace(".EF", "")}
+        assert wide & found.loads.keys(), (kernel, found)
+    assert store in compiled[name]["copy"].stores, compiled[name]["copy"]
+    if backend == "cuda":
+        for kernel in ("copy", "static", "absmax", "dynamic", "per_token"):
+            # Three quarters of the threads of a multiprocessor at once.
+            assert compiled[name][kernel].registers <= 40, kernel
+        for kernel in ("copy_fp8", "static", "dynamic", "per_token"):
+            assert store in compiled[name][kernel].stores, compiled[name][kernel]
+
+
+@pytest.mark.parametrize("name", ["sm89", "sm90", "sm100", "sm120", "gfx942", "gfx950"])
+def test_hardware_converts(
+    name: str, compiled: dict[str, dict[str, Resources]]
+) -> None:
+    """Conversion by integer arithmetic takes twice the instructions."""
+    native = compiled[name]["copy_fp8"].instructions
+    assert native < 0.6 * compiled["sm80"]["copy_fp8"].instructions
