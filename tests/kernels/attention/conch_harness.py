@@ -223,18 +223,16 @@ def make_schedule(batch: Batch, **options) -> VarlenSchedule:
     options = {
         "max_num_seqs": len(batch.seq_lens),
         "max_num_tokens": len(batch.query),
+        "num_query_heads": batch.query.shape[1],
+        "num_kv_heads": batch.key_cache.shape[2],
+        "head_size": batch.query.shape[2],
+        "block_size": batch.key_cache.shape[1],
+        "query_dtype": batch.query.dtype,
+        "kv_dtype": batch.key_cache.dtype,
+        "device": batch.query.device,
         "sliding_window": batch.sliding_window,
     } | options
-    return VarlenSchedule(
-        num_query_heads=batch.query.shape[1],
-        num_kv_heads=batch.key_cache.shape[2],
-        head_size=batch.query.shape[2],
-        block_size=batch.key_cache.shape[1],
-        query_dtype=batch.query.dtype,
-        kv_dtype=batch.key_cache.dtype,
-        device=batch.query.device,
-        **options,
-    )
+    return VarlenSchedule(**options)
 
 
 def update(schedule: VarlenSchedule, batch: Batch) -> VarlenSchedule:

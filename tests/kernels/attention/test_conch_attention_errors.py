@@ -48,9 +48,9 @@ BAD_BATCHES = [
     ("query", "int32", change("query", lambda t: t.int())),
     ("query", "float64", change("query", lambda t: t.double())),
     ("query", "last stride", change("query", strided_last)),
-    ("query", "head ratio", change("query", lambda t: t[:, :3])),
     ("query", "head size 8", made_for(head_size=8)),
     ("query", "head size 528", made_for(head_size=528)),
+    ("key_cache", "head ratio", change("query", lambda t: t[:, :3])),
     ("key_cache", "3-D", change("key_cache", lambda t: t[:, :, 0])),
     ("key_cache", "other dtype", change("key_cache", lambda t: t.half())),
     ("key_cache", "raw fp8 bytes", change("key_cache", lambda t: t.to(torch.uint8))),
@@ -133,22 +133,23 @@ def test_bad_outputs(what, spoil, argument):
 
 
 @pytest.mark.parametrize(
-    "argument, other",
+    "other",
     [
-        ("schedule", {"num_query_heads": 2}),
-        ("schedule", {"num_kv_heads": 1}),
-        ("schedule", {"head_size": 64}),
-        ("schedule", {"block_size": 32}),
-        ("schedule", {"dtype": torch.float16}),
-        ("schedule", {"kv_dtype": torch.float8_e5m2}),
-        ("sliding_window", {"sliding_window": 5}),
-        ("causal", {"causal": False}),
+        {"num_query_heads": 2},
+        {"num_kv_heads": 1},
+        {"head_size": 64},
+        {"block_size": 32},
+        {"dtype": torch.float16},
+        {"kv_dtype": torch.float8_e5m2},
+        {"sliding_window": 5},
     ],
+    ids=str,
 )
-def test_a_schedule_of_another_layer(argument, other):
-    mine, theirs = make_batch([(1, 20), (3, 3)]), make_batch([(1, 20), (3, 3)], **other)
+def test_a_schedule_of_another_layer(other):
+    lengths = [(1, 20), (3, 3)]
+    theirs = make_batch(lengths, **other)
     schedule = update(make_schedule(theirs), theirs)
-    assert_refused(argument, mine, schedule=schedule)
+    assert_refused("schedule", make_batch(lengths), schedule=schedule)
 
 
 def test_a_schedule_that_was_not_updated():
@@ -156,11 +157,18 @@ def test_a_schedule_that_was_not_updated():
     assert_refused("schedule", batch, schedule=make_schedule(batch))
 
 
-def test_a_schedule_updated_for_another_max_query_len():
+@pytest.mark.parametrize("max_query_len", [1, 20])
+def test_a_schedule_updated_for_another_max_query_len(max_query_len):
     batch = make_batch([(1, 20), (3, 3)])
     schedule = update(make_schedule(batch), batch)
-    batch.max_query_len = 20
+    batch.max_query_len = max_query_len
     assert_refused("max_query_len", batch, schedule=schedule)
+
+
+def test_a_schedule_updated_for_another_number_of_sequences():
+    batch, fewer = make_batch([(1, 20), (3, 3)]), make_batch([(3, 9)])
+    schedule = update(make_schedule(batch), fewer)
+    assert_refused("schedule", batch, schedule=schedule)
 
 
 @pytest.mark.parametrize(
@@ -168,11 +176,34 @@ def test_a_schedule_updated_for_another_max_query_len():
     [
         ("max_num_seqs", 0),
         ("max_num_tokens", 0),
+        ("num_query_heads", 3),
+        ("num_kv_heads", 0),
+        ("head_size", 8),
+        ("head_size", 528),
+        ("block_size", 24),
+        ("query_dtype", torch.float64),
+        ("kv_dtype", torch.uint8),
         ("decode_query_len", 0),
-        ("num_workers", 0),
         ("sliding_window", 0),
     ],
 )
 def test_bad_schedules(argument, value):
     with pytest.raises(ValueError, match=rf"\b{argument}\b"):
         make_schedule(make_batch([(1, 20)]), **{argument: value})
+
+
+@pytest.mark.parametrize("argument", ["max_num_seqs", "max_num_tokens"])
+def test_a_batch_larger_than_the_schedule(argument):
+    batch = make_batch([(1, 20), (3, 3)])
+    schedule = make_schedule(batch, **{argument: 1})
+    with pytest.raises(ValueError, match=argument):
+        update(schedule, batch)
+
+
+@pytest.mark.parametrize("argument", ["query_start_loc", "seq_lens"])
+@pytest.mark.parametrize("spoil", [torch.Tensor.long, strided_last, elsewhere])
+def test_bad_updates(spoil, argument):
+    batch = change(argument, spoil)(make_batch([(1, 20), (3, 3)]))
+    schedule = make_schedule(batch)
+    with pytest.raises(ValueError, match=rf"\b{argument}\b"):
+        update(schedule, batch)

@@ -118,11 +118,3 @@ def test_a_sequence_alone_and_in_a_batch(name):
         check(alone)
         # What the batch gave for these rows is right for the sequence alone.
         compare(alone, output[start:end], lse[start:end])
-
-
-@pytest.mark.parametrize("argument", ["max_num_seqs", "max_num_tokens"])
-def test_a_batch_that_does_not_fit_is_refused(argument):
-    batch = make_batch(BATCHES["mixed"])
-    schedule = make_schedule(batch, **{argument: 4})
-    with pytest.raises(ValueError, match=argument):
-        update(schedule, batch)

@@ -7,6 +7,7 @@ NaN and all memory that nobody may write holds a sentinel, see `make_batch` and
 `attend`.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -146,6 +147,24 @@ def test_strides_of_single_elements_are_not_used(query_len):
     batch.block_table = restride(batch.block_table)
     assert batch.key_cache.stride(2) > 2**40
     check(batch)
+
+
+@pytest.mark.parametrize("lengths", DECODE_AND_MIXED)
+def test_misaligned_tensors(lengths):
+    """After an aligned call of the same strides, every address is off by an element."""
+    aligned = make_batch(lengths, dtype=torch.float16, num_query_heads=2)
+    check(aligned)
+
+    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.new_empty(tensor.untyped_storage().nbytes() + 16)
+        copy = storage[1:].as_strided(tensor.shape, tensor.stride())
+        return copy.copy_(tensor)
+
+    names = ("query", "key_cache", "value_cache", "seq_lens", "block_table")
+    shifts = {name: shifted(getattr(aligned, name)) for name in names}
+    for name in names:
+        check(dataclasses.replace(aligned, **{name: shifts[name]}))
+    check(dataclasses.replace(aligned, **shifts))
 
 
 def far_apart(*tensors: torch.Tensor, stride: int) -> list[torch.Tensor]:
