@@ -133,6 +133,7 @@ def decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -186,6 +187,7 @@ def decode_kernel(
             (first_tile + tile, first_tile + tile + num_tiles), (first_key, seq_len),
             (scale, cap_scale), window,
             CAUSAL, WINDOWED, SOFTCAP, True, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
+            PRECISION,
         )  # fmt: skip
 
         if num_tiles == row_tiles:

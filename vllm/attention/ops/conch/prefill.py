@@ -82,6 +82,7 @@ def prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -131,16 +132,19 @@ def prefill_kernel(
             state, query, position, key_ptr, value_ptr, key_strides, value_strides,
             block_row, (first, full_first), keys_range, (scale, cap_scale), window,
             CAUSAL, WINDOWED, SOFTCAP, True, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
+            PRECISION,
         )  # fmt: skip
     state = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
         block_row, (full_first, full_end), keys_range, (scale, cap_scale), window,
         CAUSAL, WINDOWED, SOFTCAP, False, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
+        PRECISION,
     )  # fmt: skip
     acc, row_max, row_sum = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
         block_row, (full_end, end), keys_range, (scale, cap_scale), window,
         CAUSAL, WINDOWED, SOFTCAP, True, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
+        PRECISION,
     )  # fmt: skip
 
     write_rows(

@@ -82,6 +82,7 @@ def attend_tiles(
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Attends a tile of query rows to consecutive tiles of keys."""
     acc, row_max, row_sum = state
@@ -104,7 +105,7 @@ def attend_tiles(
             MASK_DIMS,
         )
         # scores: [M, TILE]
-        scores = tl.dot(query, key.to(query.dtype), input_precision="ieee")
+        scores = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
         if SOFTCAP:
             scores = softcap(scores, scales[1])
         if MASKED:
@@ -130,7 +131,7 @@ def attend_tiles(
             MASKED,
             MASK_DIMS,
         ).to(query.dtype)
-        acc = tl.dot(weights.to(query.dtype), value, acc, input_precision="ieee")
+        acc = tl.dot(weights.to(query.dtype), value, acc, input_precision=PRECISION)
     return acc, row_max, row_sum
 
 
