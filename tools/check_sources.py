@@ -2,9 +2,9 @@
 
     python tools/check_sources.py FILE...
 
-A hook of .pre-commit-config.yaml. Checks Python files for the two SPDX lines, imports that
-vLLM wraps, and torch.cuda calls that have a device-neutral form; Markdown files for
-links to files that do not exist. Standard library only.
+A hook of .pre-commit-config.yaml. Checks Python files for the two SPDX lines, imports
+that vLLM wraps, and torch.cuda calls that have a device-neutral form; Markdown files
+for links to files that do not exist. Standard library only.
 """
 
 import re
@@ -46,8 +46,9 @@ RULES = (
     rule(r"^\s*(import|from)\s+re\b", "use the regex package: `import regex as re`"),
     rule(r"^\s*(import|from)\s+(pickle|cloudpickle)\b", "do without pickle"),
     rule(
-        r"\btorch\.cuda\.(empty_cache|synchronize|device_count|current_device|set_device"
-        r"|mem_get_info|memory_\w+|max_memory_\w+|reset_peak_memory_stats|device\b)",
+        r"\btorch\.cuda\.(empty_cache|synchronize|device_count|current_device"
+        r"|set_device|mem_get_info|memory_\w+|max_memory_\w+|reset_peak_memory_stats"
+        r"|device\b)",
         "use torch.accelerator",
     ),
     rule(
@@ -96,7 +97,7 @@ def check_markdown(path: str, text: str) -> Iterator[str]:
 
 def main(paths: list[str]) -> int:
     """Checks the files and prints what is wrong; returns the exit status."""
-    problems = []
+    problems: list[str] = []
     for path in paths:
         check = check_markdown if path.endswith(".md") else check_python
         problems += check(path, Path(path).read_text(encoding="utf-8"))

@@ -1,0 +1,204 @@
+"""Generates text in vLLM with CONCH and compares every token with Hugging Face's.
+
+    nox -s demo                                 the model in demo/model, its own prompts
+    nox -s demo -- --prompt "What is 9 plus 8?" your prompt; --help lists the rest
+
+Without a GPU the kernels run in Triton's interpreter: slow, but the same code. The
+exit status is 1 if a token differs or a layer has another backend than asked for.
+"""
+
+import argparse
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ON_GPU = torch.cuda.is_available()
+
+# On a GPU room is left for Hugging Face's model, which runs first.
+ENGINE_OPTIONS = {"gpu_memory_utilization": 0.5} if ON_GPU else {"enforce_eager": True}
+
+PROMPTS = [
+    "Once there was a fox, the fox Anna, who lived near the river.",
+    "The ball is with Ben. The map is with Cara. The key is with Hugo. Now the ball is "
+    "with Hugo. Now the key is with Cara. Now the ball is with Cara. Now the map is "
+    "with Ben. Where is the ball?",
+    "Say it again: river lamp owl harbour kite.",
+    "Count down from 21:",
+    "What is 17 plus 8?",
+    "What is CONCH?",
+]
+
+
+@dataclass
+class Result:
+    """One prompt's continuation: token ids from the engine and from the reference."""
+
+    prompt: str
+    text: str
+    got: list[int]
+    expected: list[int]
+
+    @property
+    def agreeing(self) -> int:
+        """How many tokens agree before the first that does not."""
+        pairs = zip(self.got, self.expected, strict=False)
+        same = [x == y for x, y in pairs]
+        return same.index(False) if False in same else len(same)
+
+    @property
+    def equal(self) -> bool:
+        """Whether both are the same token for token, and equally long."""
+        return self.got == self.expected
+
+
+def arguments() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--model", default=str(HERE / "model"), help="folder or hub name"
+    )
+    parser.add_argument("--prompt", action="append", help="may be given more than once")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument(
+        "--dtype", default="float32", help="of both engines' arithmetic"
+    )
+    parser.add_argument("--attention-backend", default="CONCH")
+    return parser.parse_args()
+
+
+def set_environment(backend: str) -> None:
+    """Sets what vLLM and Triton read when they are imported."""
+    os.environ["VLLM_ATTENTION_BACKEND"] = backend
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if not ON_GPU:
+        os.environ["TRITON_INTERPRET"] = "1"  # interpreter/ sees to the rest
+
+
+def reference_tokens(
+    model: str, prompts: list[list[int]], max_tokens: int, dtype: str
+) -> list[list[int]]:
+    """Greedy continuations by Hugging Face transformers, one prompt at a time."""
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if ON_GPU else "cpu"
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    reference.to(device)
+    continuations = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=device)
+        output = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+        )
+        continuations.append(output[0, len(prompt) :].tolist())
+    del reference
+    if ON_GPU:
+        torch.cuda.empty_cache()
+    return continuations
+
+
+def backends_of(llm) -> dict[str, int]:
+    """Asks the loaded model's attention layers for their backend: name -> layers."""
+
+    def names(model: torch.nn.Module) -> list[str]:
+        layers = [m for m in model.modules() if hasattr(m, "attn_backend")]
+        return [layer.attn_backend.get_name() for layer in layers]
+
+    found = llm.apply_model(names)[0]
+    return {name: found.count(name) for name in sorted(set(found))}
+
+
+def show(results: list[Result], rows: dict[str, str]) -> None:
+    """Prints each prompt with its continuation, then a table of what ran."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for result in results:
+        console.print()
+        console.print(Text(result.prompt, style="dim"), end="")
+        console.print(Text(result.text, style="bold"))
+        if result.equal:
+            verdict = Text(f"  {len(result.got)} tokens, equal to Hugging Face's")
+            verdict.stylize("green")
+        else:
+            verdict = Text(
+                f"  DIFFERS from Hugging Face after {result.agreeing} tokens"
+            )
+            verdict.stylize("red")
+        console.print(verdict)
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(Text(name, style="dim"), value)
+    console.print()
+    console.print(table)
+
+
+def main() -> int:
+    """Runs the demo; returns the exit status."""
+    args = arguments()
+    set_environment(args.attention_backend)
+    prompts = args.prompt or PROMPTS
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    prompt_ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    expected = reference_tokens(args.model, prompt_ids, args.max_tokens, args.dtype)
+
+    import triton
+
+    import vllm
+
+    begun = time.perf_counter()
+    llm = vllm.LLM(args.model, dtype=args.dtype, **ENGINE_OPTIONS)
+    started = time.perf_counter()
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in prompt_ids],
+        vllm.SamplingParams(temperature=0, max_tokens=args.max_tokens),
+        use_tqdm=False,
+    )
+    finished = time.perf_counter()
+
+    results = [
+        Result(
+            prompt, output.outputs[0].text, list(output.outputs[0].token_ids), tokens
+        )
+        for prompt, output, tokens in zip(prompts, outputs, expected, strict=True)
+    ]
+    backends = backends_of(llm)
+    generated = sum(len(result.got) for result in results)
+    equal = sum(result.equal for result in results)
+    seconds = finished - started
+    device = torch.cuda.get_device_name() if ON_GPU else "CPU, Triton's interpreter"
+    show(
+        results,
+        {
+            "attention backend": ", ".join(
+                f"{name} in {count} layers" for name, count in backends.items()
+            ),
+            "device": device,
+            "versions": f"vLLM {vllm.__version__}, torch {torch.__version__}, "
+            f"Triton {triton.__version__}",
+            "start-up": f"{started - begun:.1f} s",
+            "generation": f"{generated} tokens for {len(results)} prompts in "
+            f"{seconds:.1f} s: {generated / seconds:.1f} tokens/s",
+            "Hugging Face, greedy": f"{equal} of {len(results)} continuations equal "
+            "token for token",
+        },
+    )
+    return (
+        0 if equal == len(results) and set(backends) == {args.attention_backend} else 1
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,180 @@
+"""The project's tasks: nox -s demo | tests | lint. `nox -l` lists them.
+
+Each task has an environment of its own under .nox, kept for the next run; `nox
+--reuse-venv=no` makes it anew. vLLM is installed again when the patch set has changed.
+On a machine with an NVIDIA GPU vLLM is the official wheel with CONCH in it, with its
+normal dependencies. On any other it is vLLM's Python without compiled kernels, and
+Triton's interpreter runs ours on the CPU.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import nox
+from packaging.requirements import Requirement
+
+nox.needs_version = ">=2025.5"
+nox.options.sessions = ["demo"]
+nox.options.reuse_venv = "yes"
+
+HERE = Path(__file__).resolve().parent
+RELEASES = sorted(
+    (path.parent.name for path in HERE.glob("releases/*/release.toml")),
+    key=lambda version: [int(part) for part in version.split(".")],
+    reverse=True,
+)  # newest first
+
+# What the CPU environments take in place of what the release asks for.
+CPU_PINS = ["torch==2.13.0", "triton==3.6.0"]
+CPU_EXTRAS = ["numba"]  # n-gram speculation; in requirements/cpu.txt of vLLM
+INTERPRETER = {
+    "TRITON_INTERPRET": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",  # one thread for each pytest worker
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """A requirement of vLLM's that the CPU environments do not take as it stands."""
+
+    instead: str | None  # None: left out
+    reason: str
+
+
+RELAXED = {
+    "torch": Relaxed(None, "CPU_PINS has the one version all releases are tested on"),
+    "opencv-python-headless": Relaxed(
+        "opencv-python-headless",
+        "decodes video, which no test does: any version will do",
+    ),
+    "certifi": Relaxed(
+        "certifi", "a floor by date, newer than some package mirrors hold"
+    ),
+}
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the NVIDIA driver lists a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return found.returncode == 0 and "GPU" in found.stdout
+
+
+def sources_digest(*parts: str) -> str:
+    """A digest of everything that the installed vLLM is made of."""
+    digest = hashlib.sha256(" ".join(parts).encode())
+    paths = [HERE / "noxfile.py"]
+    for folder in ("vllm", "tests", "benchmarks", "releases", "patchset"):
+        paths += sorted((HERE / folder).rglob("*"))
+    paths += sorted((HERE / "interpreter" / "vllm_interpreter").rglob("*"))
+    for path in paths:
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(str(path.relative_to(HERE)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def relaxed_requirements(common: Path) -> list[str]:
+    """The release's requirements/common.txt with RELAXED applied."""
+    requirements = []
+    for line in common.read_text().splitlines():
+        text = line.split(" #")[0].strip()
+        if not text or text.startswith("#"):
+            continue
+        relaxed = RELAXED.get(Requirement(text).name)
+        if relaxed is None:
+            requirements.append(text)
+        elif relaxed.instead is not None:
+            requirements.append(relaxed.instead)
+    return requirements
+
+
+def install_vllm(session: nox.Session, release: str) -> Path:
+    """Installs the release with CONCH, if the environment does not have just that.
+
+    Returns:
+        The vLLM source tree with CONCH in it.
+
+    """
+    built = Path(session.virtualenv.location, "conch")
+    tree, stamp = built / "tree", built / "digest"
+    digest = sources_digest(release)
+    if stamp.exists() and stamp.read_text() == digest:
+        return tree
+    shutil.rmtree(built, ignore_errors=True)
+    session.install("-r", "requirements/tool.txt")
+    session.run("python", "-m", "patchset", "tree", release, str(tree))
+    session.run("python", "-m", "patchset", "wheel", release, "--out", str(built))
+    wheels = [str(path) for path in built.glob("*.whl")]
+    if has_nvidia_gpu():
+        session.install(*wheels)
+    else:
+        for pin in CPU_PINS:  # one by one: torch may ask for another Triton
+            session.install(pin)
+        lines = relaxed_requirements(tree / "requirements" / "common.txt") + CPU_EXTRAS
+        requirements = built / "requirements.txt"
+        requirements.write_text("\n".join(lines) + "\n")
+        session.install("-r", str(requirements))
+        session.install("--no-deps", "--force-reinstall", *wheels)
+        session.install("--no-deps", "./interpreter")
+    stamp.write_text(digest)
+    return tree
+
+
+def copy_tests(tree: Path, release: str, destination: Path) -> None:
+    """Copies CONCH's tests out of a patched tree, away from its vllm folder."""
+    shutil.rmtree(destination, ignore_errors=True)
+    for base in (HERE, HERE / "releases" / release):
+        for path in sorted((base / "tests").rglob("*.py")):
+            relative = path.relative_to(base)
+            if relative.parts[:2] != ("tests", "patchset"):
+                (destination / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(tree / relative, destination / relative)
+    (destination / "pytest.ini").write_text("[pytest]\n")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Generates text with CONCH; VLLM_BASE picks the release, the newest by default."""
+    install_vllm(session, os.environ.get("VLLM_BASE", RELEASES[0]))
+    session.install("-r", "requirements/demo.txt")
+    session.run("python", "demo/demo.py", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("subject", ["tool", *RELEASES], ids=["tool", *RELEASES])
+def tests(session: nox.Session, subject: str) -> None:
+    """The tool's tests, then kernels, backend, engine and demo on every release."""
+    pytest = ["python", "-m", "pytest", "-ra", "--durations=10", *session.posargs]
+    if subject == "tool":
+        session.install("-r", "requirements/tool.txt", "-r", "requirements/test.txt")
+        session.run(*pytest, "tests/patchset")
+        return
+    tree = install_vllm(session, subject)
+    session.install("-r", "requirements/test.txt", "-r", "requirements/demo.txt")
+    folder = Path(session.create_tmp()).resolve() / "run"
+    copy_tests(tree, subject, folder)
+    session.chdir(folder)
+    if has_nvidia_gpu():
+        session.run(*pytest, "tests", str(HERE / "demo"))
+    else:
+        workers = min(os.cpu_count() or 1, 8)
+        session.run(
+            *pytest, "-n", str(workers), "tests", str(HERE / "demo"), env=INTERPRETER
+        )
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Runs every hook of .pre-commit-config.yaml on every file."""
+    session.install("-r", "requirements/lint.txt")
+    session.run(
+        "pre-commit", "run", "--all-files", "--show-diff-on-failure", *session.posargs
+    )
