@@ -5,13 +5,15 @@
 Pure Python, no tensors, no launches: everything here can be tested without a GPU.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from vllm.triton_utils import triton
+
+from . import hopper_prefill
 
 QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_SIZES = range(16, 513)
@@ -77,7 +79,9 @@ class Config:
 @dataclass(frozen=True)
 class AttentionPlan:
     decode: Config
-    prefill: Config
+    prefill: Config  # the portable kernel's, with the same rows as Hopper's
+    prefill_pack: int  # query heads in a tile of prefill rows
+    hopper: bool  # the Hopper kernel does prefills, where strides allow
     num_workers: int  # programs of the decode kernel, all resident at once
 
 
@@ -156,8 +160,8 @@ def plan_prefill(shape: Shape, device: Device) -> Config:
     if device.backend == "interpreter":
         return Config(32, 16, 4, 1)
     if shape.query_dtype.itemsize == 4:
-        block_m = 64 if wide <= 64 else 32 if wide <= 256 else 16
-        return Config(block_m, 16, 8, 1, fp32_precision(device))
+        # 64 rows would take wgmma, whose tf32x3 gives wrong results in Triton 3.6.
+        return Config(32 if wide <= 128 else 16, 16, 8, 1, fp32_precision(device))
     if device.backend == "hip":
         # A third of the 64 KiB of LDS per tile; a second stage spills on gfx942.
         return Config(128 if wide <= 128 else 64, 64 if wide <= 128 else 32, 4, 1)
@@ -187,10 +191,38 @@ def plan_prefill_hopper(shape: Shape) -> Config:
 
 
 @cache
-def make_plan(shape: Shape, device: Device, max_query_len: int) -> AttentionPlan:
-    """Chooses for batches whose decodes have at most max_query_len query tokens."""
+def make_plan(
+    shape: Shape, device: Device, max_query_len: int, portable: bool = False
+) -> AttentionPlan:
+    """Chooses for batches whose decodes have at most max_query_len query tokens.
+
+    Args:
+        shape: of the layers.
+        device: to run on.
+        max_query_len: longest query of a decode.
+        portable: leave out kernels made for one architecture.
+    """
+    hopper = (
+        not portable
+        and device.backend == "cuda"
+        and device.arch == 90
+        and triton.__version__.startswith(hopper_prefill.TRITON_VERSIONS)
+        and hopper_prefill.supports(
+            head_size=shape.head_size,
+            block_size=shape.block_size,
+            query_dtype=shape.query_dtype,
+            kv_dtype=shape.kv_dtype,
+        )
+    )
+    prefill, pack = plan_prefill(shape, device), shape.group
+    if hopper:
+        pack = hopper_prefill.packed_heads(shape.group)
+        rows = hopper_prefill.CONFIGS[shape.head_padded].block_m
+        prefill = replace(prefill, block_m=rows)
     return AttentionPlan(
         decode=plan_decode(shape, device, max_query_len),
-        prefill=plan_prefill(shape, device),
+        prefill=prefill,
+        prefill_pack=pack,
+        hopper=hopper,
         num_workers=2 * device.num_units,
     )

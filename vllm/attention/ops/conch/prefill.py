@@ -21,7 +21,7 @@ def key_tile_bounds(
     query_len,
     seq_len,
     window,
-    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -33,8 +33,8 @@ def key_tile_bounds(
     full_end <= end: tiles in [full_first, full_end) are seen whole by every row.
     """
     context = seq_len - query_len
-    first_position = context + (m_block * BLOCK_M) // GROUP
-    last_token = tl.minimum((m_block * BLOCK_M + BLOCK_M - 1) // GROUP, query_len - 1)
+    first_position = context + (m_block * BLOCK_M) // PACK
+    last_token = tl.minimum((m_block * BLOCK_M + BLOCK_M - 1) // PACK, query_len - 1)
     last_position = context + last_token
     first_key = 0
     end_key = seq_len
@@ -76,7 +76,8 @@ def prefill_kernel(
     scale,  # softmax scale in log2 units; with softcap: the cap in log2 units
     cap_scale,  # softcap's inner scale
     window,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads per KV head
+    PACK: tl.constexpr,  # query heads in a tile, a divisor of GROUP
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -87,7 +88,8 @@ def prefill_kernel(
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    kv_head = tl.program_id(0)
+    first_head = tl.program_id(0) * PACK
+    kv_head = first_head // GROUP
     item = items_ptr + tl.program_id(1) * ITEM_FIELDS
     sequence = tl.load(item)
     if sequence < 0:
@@ -97,8 +99,8 @@ def prefill_kernel(
     query_len = tl.load(item + 3)
     seq_len = tl.load(item + 4)
 
-    token, group_head, row_valid = query_rows(m_block, query_len, GROUP, BLOCK_M)
-    head = kv_head * GROUP + group_head
+    token, packed_head, row_valid = query_rows(m_block, query_len, PACK, BLOCK_M)
+    head = first_head + packed_head
     dims = tl.arange(0, HEAD_PADDED)
     dims_valid = row_valid[:, None] & (dims < HEAD_SIZE)[None, :]
     offsets = row_offsets(query_start, token, head, query_strides, dims)
@@ -115,7 +117,7 @@ def prefill_kernel(
         v_scale = tl.load(v_scale_ptr)
 
     keys_range, first, full_first, full_end, end = key_tile_bounds(
-        m_block, query_len, seq_len, window, GROUP, BLOCK_M, TILE, CAUSAL, WINDOWED
+        m_block, query_len, seq_len, window, PACK, BLOCK_M, TILE, CAUSAL, WINDOWED
     )
     position = seq_len - query_len + token
     block_row = block_table_ptr + sequence.to(tl.int64) * block_table_stride

@@ -122,10 +122,19 @@ def schedule_decode(
 
 
 @triton.jit
+def prefill_blocks(
+    query_len, decode_query_len, PACK: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Tiles of query rows of a sequence; 0 for a decode."""
+    blocks = tl.cdiv(query_len * PACK, BLOCK_M)
+    return tl.where(query_len > decode_query_len, blocks, 0)
+
+
+@triton.jit
 def schedule_prefill(
     query_start_loc_ptr, seq_lens_ptr, items_ptr,
     num_seqs, decode_query_len, first_item,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Fills LANES prefill items, the last tiles of rows first: they see most keys."""
     total = 0
@@ -133,7 +142,7 @@ def schedule_prefill(
         _, _, query_len, _ = load_lengths(
             query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
         )
-        blocks = tl.where(query_len > decode_query_len, tl.cdiv(query_len * GROUP, BLOCK_M), 0)
+        blocks = prefill_blocks(query_len, decode_query_len, PACK, BLOCK_M)
         total += tl.sum(blocks)
 
     item = first_item + tl.arange(0, LANES)
@@ -148,7 +157,7 @@ def schedule_prefill(
         sequence, query_start, query_len, seq_len = load_lengths(
             query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
         )
-        blocks = tl.where(query_len > decode_query_len, tl.cdiv(query_len * GROUP, BLOCK_M), 0)
+        blocks = prefill_blocks(query_len, decode_query_len, PACK, BLOCK_M)
         end = line + tl.cumsum(blocks, 0)
         match = (block[:, None] >= (end - blocks)[None, :]) & (block[:, None] < end[None, :])
         found = tl.sum(match.to(tl.int32), 1) > 0
@@ -183,6 +192,7 @@ def schedule_kernel(
     GROUP: tl.constexpr,
     DECODE_BLOCK_M: tl.constexpr,
     DECODE_TILE: tl.constexpr,
+    PREFILL_PACK: tl.constexpr,
     PREFILL_BLOCK_M: tl.constexpr,
     WINDOWED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -201,7 +211,7 @@ def schedule_kernel(
         schedule_prefill(
             query_start_loc_ptr, seq_lens_ptr, items_ptr,
             num_seqs, decode_query_len, (program - DECODE_PROGRAMS) * LANES,
-            GROUP, PREFILL_BLOCK_M, BLOCK, LANES,
+            PREFILL_PACK, PREFILL_BLOCK_M, BLOCK, LANES,
         )  # fmt: skip
 
 
@@ -221,6 +231,7 @@ class VarlenSchedule:
         decode_query_len: in a batch with longer queries, sequences with up to this
             many query tokens are decodes; the others are prefills.
         num_workers: programs of the decode kernel; None: as many as fit the device.
+        portable: leave out kernels made for one architecture.
     """
 
     def __init__(
@@ -238,6 +249,7 @@ class VarlenSchedule:
         sliding_window: int | None = None,
         decode_query_len: int = 1,
         num_workers: int | None = None,
+        portable: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.shape = Shape(
@@ -245,6 +257,7 @@ class VarlenSchedule:
         )
         self.sliding_window = sliding_window
         self.decode_query_len = decode_query_len
+        self.portable = portable
         self.max_num_seqs = max_num_seqs
         self.max_num_tokens = max_num_tokens
         index = self.device.index
@@ -276,20 +289,21 @@ class VarlenSchedule:
         # What `update` saw last.
         self.max_query_len = 0
         self.num_seqs = 0
-        self.num_items = 0
+        self.work = self.items[:0]  # prefill items in use
         self.plan = plan
 
     def plan_for(self, max_query_len: int) -> AttentionPlan:
         """The plan of a batch whose longest query has max_query_len tokens."""
         if max_query_len > MAX_DECODE_QUERY_LEN:
             max_query_len = self.decode_query_len
-        return make_plan(self.shape, self.target, max_query_len)
+        return make_plan(self.shape, self.target, max_query_len, self.portable)
 
     def max_items(self, num_tokens: int, num_seqs: int) -> int:
         """Bound of the number of prefill items of a batch."""
-        rows = num_tokens * self.shape.group
+        plan = self.plan_for(1)
+        rows = num_tokens * plan.prefill_pack
         prefills = min(num_seqs, num_tokens // (self.decode_query_len + 1))
-        return rows // self.plan_for(1).prefill.block_m + prefills
+        return rows // plan.prefill.block_m + prefills
 
     def update(
         self,
@@ -340,6 +354,7 @@ class VarlenSchedule:
             GROUP=self.shape.group,
             DECODE_BLOCK_M=plan.decode.block_m,
             DECODE_TILE=plan.decode.tile,
+            PREFILL_PACK=plan.prefill_pack,
             PREFILL_BLOCK_M=plan.prefill.block_m,
             WINDOWED=self.sliding_window is not None,
             BLOCK=min(triton.next_power_of_2(self.max_num_seqs), MAX_SEQUENCES_AT_ONCE),
@@ -348,4 +363,4 @@ class VarlenSchedule:
         self.plan = plan
         self.max_query_len = max_query_len
         self.num_seqs = num_seqs
-        self.num_items = num_items
+        self.work = self.items[:num_items]

@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What the prefill and the decode kernel share: query rows and the loop over keys.
 
-A *row* is one (query token, query head) pair.  The GROUP query heads that share a
-KV head are packed into one tile, token by token, so that row r of a sequence is
-token r // GROUP and head r % GROUP of the group: a key is loaded once for all of
-them, whatever the ratio of heads.
+A *row* is one (query token, query head) pair.  PACK query heads that share a KV head
+are packed into one tile, token by token, so that row r of a sequence is token
+r // PACK and head r % PACK of them: a key is loaded once for all, whatever the ratio
+of heads.
 
     |--------------- seq_len ---------------|
     |---- context ----|----- query_len -----|
@@ -18,10 +18,10 @@ from .softmax import log_sum_exp, normalize, softcap, softmax_step
 
 
 @triton.jit
-def query_rows(m_block, query_len, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Token, head of the group and validity, each [BLOCK_M], of a tile of rows."""
+def query_rows(m_block, query_len, PACK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Token, packed head and validity, each [BLOCK_M], of a tile of rows."""
     row = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    return row // GROUP, row % GROUP, row < query_len * GROUP
+    return row // PACK, row % PACK, row < query_len * PACK
 
 
 @triton.jit
@@ -45,19 +45,42 @@ def load_tile(ptrs, keys_valid, dims_valid, MASK_KEYS: tl.constexpr, MASK_DIMS: 
 
 
 @triton.jit
-def page_and_slot(block_row, start, keys, valid, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+def page_and_slot(
+    block_row,
+    start,
+    keys_range,
+    MASKED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Where the keys of a tile lie: page number (int64) and slot in the page.
 
-    A page that holds whole tiles needs one scalar look-up; otherwise each key asks
-    for its page, and keys that are not valid ask for none.
+    Entries of the block table for pages outside keys_range are not read.
     """
-    if BLOCK_SIZE % TILE == 0:
-        page = tl.load(block_row + start // BLOCK_SIZE)
-        slot = start % BLOCK_SIZE + tl.arange(0, TILE)
-    else:
-        page = tl.load(block_row + keys // BLOCK_SIZE, mask=valid, other=0)
+    lane = tl.arange(0, TILE)
+    if BLOCK_SIZE % TILE == 0:  # the tile is part of one page
+        page = tl.load(block_row + start // BLOCK_SIZE).to(tl.int64)
+        slot = start % BLOCK_SIZE + lane
+    elif TILE % BLOCK_SIZE == 0:  # the tile is some whole pages
+        first = start // BLOCK_SIZE
+        page = tl.zeros([TILE], tl.int64)
+        for i in tl.static_range(TILE // BLOCK_SIZE):
+            entry = first + i
+            needed = entry >= 0
+            if MASKED:
+                needed = (entry >= keys_range[0] // BLOCK_SIZE) & (
+                    entry * BLOCK_SIZE < keys_range[1]
+                )
+            number = tl.load(block_row + entry, mask=needed, other=0).to(tl.int64)
+            page = tl.where(lane // BLOCK_SIZE == i, number, page)
+        slot = lane % BLOCK_SIZE
+    else:  # pages begin anywhere in the tile
+        keys = start + lane
+        needed = (keys >= keys_range[0]) & (keys < keys_range[1])
+        entries = block_row + keys // BLOCK_SIZE
+        page = tl.load(entries, mask=needed, other=0).to(tl.int64)
         slot = keys % BLOCK_SIZE
-    return page.to(tl.int64), slot.to(tl.int64)
+    return page, slot.to(tl.int64)
 
 
 @triton.jit
@@ -93,7 +116,9 @@ def attend_tiles(
         start = tile * TILE
         keys = start + tl.arange(0, TILE)
         valid = (keys >= keys_range[0]) & (keys < keys_range[1])
-        page, slot = page_and_slot(block_row, start, keys, valid, BLOCK_SIZE, TILE)
+        page, slot = page_and_slot(
+            block_row, start, keys_range, MASKED, BLOCK_SIZE, TILE
+        )
 
         # K: [D, TILE]
         offsets = page * key_strides[0] + slot * key_strides[1]

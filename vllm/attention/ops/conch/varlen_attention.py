@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import hopper_prefill
 from .checks import (
     TensorSpec,
     check_device,
@@ -174,10 +175,6 @@ def row_strides(spec: TensorSpec) -> tuple[int, int]:
     return spec.strides[0], free_strides(spec)[1]
 
 
-# Launches of the decode and the prefill kernel, by what `layer_key` says of a call.
-LAUNCHES: dict[tuple, tuple[Launch, Launch]] = {}
-
-
 def layer_key(tensor: torch.Tensor | None) -> tuple | None:
     """All that matters of a tensor but its first size, which changes with the batch."""
     if tensor is None:
@@ -185,8 +182,20 @@ def layer_key(tensor: torch.Tensor | None) -> tuple | None:
     return tensor.dtype, tensor.device, tensor.shape[1:], tensor.stride()
 
 
-def prepare(specs: dict[str, TensorSpec], options: Options) -> tuple[Launch, Launch]:
-    """Plans the launches of the decode and the prefill kernel for a layer shape."""
+class Launches(NamedTuple):
+    """How the kernels of one layer shape are launched."""
+
+    decode: Launch
+    prefill: Launch
+    hopper: bool  # strides and options suit the Hopper prefill kernel
+
+
+# By what `layer_key` says of a call.
+LAUNCHES: dict[tuple, Launches] = {}
+
+
+def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
+    """Plans the launches for a layer shape."""
     shape, plan = options.shape, options.plan
     score_scale, cap_scale = options.scale * LOG2_E, 0.0
     if options.softcap:
@@ -221,11 +230,20 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> tuple[Launch, Lau
     )
     prefill = Launch(
         prefill_kernel,
-        (shape.num_kv_heads,),
+        (shape.num_query_heads // plan.prefill_pack,),
         arguments,
-        dict(**variant, **plan.prefill.constants()),
+        dict(PACK=plan.prefill_pack, **variant, **plan.prefill.constants()),
     )
-    return decode, prefill
+    # TMA steps in units of 16 bytes.
+    streamed = [specs[name] for name in ("query", "key_cache", "value_cache")]
+    hopper = (
+        plan.hopper
+        and options.softcap == 0
+        and "k_scale" not in specs
+        and "v_scale" not in specs
+        and all(stride % 8 == 0 for spec in streamed for stride in spec.strides[:-1])
+    )
+    return Launches(decode, prefill, hopper)
 
 
 def varlen_attention(
@@ -323,8 +341,7 @@ def varlen_attention(
         specs = check_arguments(tensors)
         check_schedule(specs, shape)
         launches = LAUNCHES[key] = prepare(specs, options)
-    decode, prefill = launches
-    decode(
+    launches.decode(
         output,
         output_lse,
         query,
@@ -338,16 +355,33 @@ def varlen_attention(
         k_scale,
         v_scale,
     )
-    if schedule.num_items:
-        prefill(
+    num_items = schedule.work.shape[0]
+    if num_items == 0:
+        return
+    if launches.hopper and query.data_ptr() % 16 == 0:
+        hopper_prefill.hopper_prefill(
+            query,
+            key_cache,
+            value_cache,
+            output,
+            block_table,
+            schedule.work,
+            pack=plan.prefill_pack,
+            scale=scale,
+            causal=causal,
+            sliding_window=sliding_window,
+            output_lse=output_lse,
+        )
+    else:
+        launches.prefill(
             output,
             output_lse,
             query,
             key_cache,
             value_cache,
             block_table,
-            schedule.items,
+            schedule.work,
             k_scale,
             v_scale,
-            grid=(schedule.shape.num_kv_heads, schedule.num_items),
+            grid=(shape.num_query_heads // plan.prefill_pack, num_items),
         )
