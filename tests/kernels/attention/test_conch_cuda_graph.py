@@ -117,8 +117,11 @@ GRAPHS = {
     ),
     "capture_dummies": (1, [(1, 0)] * 4, [[(1, LONG)] * 4, [(1, 3), (1, 65)]]),
 }
+# Inside the graph, or before each replay: as padded for it, or as the batch is.
+UPDATES = ["graph", "padded batch"]
 OPTIONS = {"plain": {}}
 if ON_GPU:
+    UPDATES.append("batch")
     OPTIONS["window"] = {"sliding_window": 100}
     OPTIONS["fp8_softcap"] = {
         "kv_dtype": KV_FP8_DTYPES[0],
@@ -128,10 +131,10 @@ if ON_GPU:
     }
 
 
-@pytest.mark.parametrize("update_in_graph", [True, False])
+@pytest.mark.parametrize("update_from", UPDATES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("name", GRAPHS)
-def test_replay(name, options, update_in_graph):
+def test_replay(name, options, update_from):
     max_query_len, captured, replays = GRAPHS[name]
     options = {**SHAPE, **options, "dtype": HALF, "padding": 0}
     # A block table and a pool that hold every batch of these tests.
@@ -141,7 +144,7 @@ def test_replay(name, options, update_in_graph):
     schedule = make_schedule(static.batch)
 
     def step() -> None:
-        if update_in_graph:
+        if update_from == "graph":
             update(schedule, static.batch)
         for _ in range(2):  # Two layers share the schedule.
             call(static.batch, static.output, static.lse, schedule)
@@ -150,9 +153,11 @@ def test_replay(name, options, update_in_graph):
     update(schedule, static.batch)
     replay = capture(step)
     for seed, lengths in enumerate([*replays, captured, replays[0]]):
-        static.load(make_batch(lengths, seed=seed, **options))
-        if not update_in_graph:
-            update(schedule, static.batch)
+        batch = make_batch(lengths, seed=seed, **options)
+        static.load(batch)
+        batch.max_query_len = max_query_len
+        if update_from != "graph":
+            update(schedule, batch if update_from == "batch" else static.batch)
         replay()
         static.compare()
 
