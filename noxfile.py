@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from packaging.requirements import Requirement
 nox.needs_version = ">=2025.5"
 nox.options.sessions = ["demo"]
 nox.options.reuse_venv = "yes"
+
+if sys.version_info < (3, 11):
+    sys.exit("CONCH needs Python 3.11 or newer: python3.11 -m pip install nox")
 
 HERE = Path(__file__).resolve().parent
 RELEASES = sorted(
@@ -134,9 +138,13 @@ def copy_tests(tree: Path, release: str, destination: Path) -> None:
     for base in (HERE, HERE / "releases" / release):
         for path in sorted((base / "tests").rglob("*.py")):
             relative = path.relative_to(base)
-            if relative.parts[:2] != ("tests", "patchset"):
-                (destination / relative).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(tree / relative, destination / relative)
+            if relative.parts[:2] == ("tests", "patchset"):
+                continue
+            (destination / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tree / relative, destination / relative)
+            for folder in relative.parents[:-1]:  # packages where vLLM's are
+                if (tree / folder / "__init__.py").exists():
+                    (destination / folder / "__init__.py").touch()
     (destination / "pytest.ini").write_text("[pytest]\n")
 
 
@@ -162,13 +170,12 @@ def tests(session: nox.Session, subject: str) -> None:
     folder = Path(session.create_tmp()).resolve() / "run"
     copy_tests(tree, subject, folder)
     session.chdir(folder)
-    if has_nvidia_gpu():
-        session.run(*pytest, "tests", str(HERE / "demo"))
-    else:
-        workers = min(os.cpu_count() or 1, 8)
-        session.run(
-            *pytest, "-n", str(workers), "tests", str(HERE / "demo"), env=INTERPRETER
-        )
+    pytest += ["-c", "pytest.ini", "--rootdir", "."]
+    environment = {}
+    if not has_nvidia_gpu():
+        pytest += ["-n", str(min(os.cpu_count() or 1, 8))]
+        environment = INTERPRETER
+    session.run(*pytest, str(HERE / "demo"), "tests", env=environment)
 
 
 @nox.session

@@ -12,14 +12,21 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 HERE = Path(__file__).resolve().parent
 ON_GPU = torch.cuda.is_available()
 
-# On a GPU room is left for Hugging Face's model, which runs first.
-ENGINE_OPTIONS = {"gpu_memory_utilization": 0.5} if ON_GPU else {"enforce_eager": True}
+ENGINE_OPTIONS: dict[str, Any] = {"use_tqdm_on_load": False}
+if ON_GPU:
+    ENGINE_OPTIONS["gpu_memory_utilization"] = 0.5  # the rest is Hugging Face's
+else:
+    ENGINE_OPTIONS["enforce_eager"] = True
 
 PROMPTS = [
     "Once there was a fox, the fox Anna, who lived near the river.",
@@ -31,6 +38,9 @@ PROMPTS = [
     "What is 17 plus 8?",
     "What is CONCH?",
 ]
+
+
+console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass
@@ -84,7 +94,9 @@ def reference_tokens(
 ) -> list[list[int]]:
     """Greedy continuations by Hugging Face transformers, one prompt at a time."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     device = "cuda" if ON_GPU else "cpu"
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     reference.to(device)
@@ -104,7 +116,7 @@ def reference_tokens(
     return continuations
 
 
-def backends_of(llm) -> dict[str, int]:
+def backends_of(llm: Any) -> dict[str, int]:
     """Asks the loaded model's attention layers for their backend: name -> layers."""
 
     def names(model: torch.nn.Module) -> list[str]:
@@ -117,24 +129,15 @@ def backends_of(llm) -> dict[str, int]:
 
 def show(results: list[Result], rows: dict[str, str]) -> None:
     """Prints each prompt with its continuation, then a table of what ran."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False, soft_wrap=True)
     for result in results:
         console.print()
         console.print(Text(result.prompt, style="dim"), end="")
         console.print(Text(result.text, style="bold"))
         if result.equal:
-            verdict = Text(f"  {len(result.got)} tokens, equal to Hugging Face's")
-            verdict.stylize("green")
+            verdict = f"  {len(result.got)} tokens, equal to Hugging Face's"
         else:
-            verdict = Text(
-                f"  DIFFERS from Hugging Face after {result.agreeing} tokens"
-            )
-            verdict.stylize("red")
-        console.print(verdict)
+            verdict = f"  DIFFERS from Hugging Face after {result.agreeing} tokens"
+        console.print(Text(verdict, style="green" if result.equal else "red"))
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         table.add_row(Text(name, style="dim"), value)
@@ -147,17 +150,20 @@ def main() -> int:
     args = arguments()
     set_environment(args.attention_backend)
     prompts = args.prompt or PROMPTS
+    device = torch.cuda.get_device_name() if ON_GPU else "CPU, Triton's interpreter"
 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     prompt_ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    console.print("Hugging Face transformers generates the reference ...")
     expected = reference_tokens(args.model, prompt_ids, args.max_tokens, args.dtype)
 
     import triton
 
     import vllm
 
+    console.print(f"vLLM generates with {args.attention_backend} ({device}) ...")
     begun = time.perf_counter()
     llm = vllm.LLM(args.model, dtype=args.dtype, **ENGINE_OPTIONS)
     started = time.perf_counter()
@@ -166,19 +172,15 @@ def main() -> int:
         vllm.SamplingParams(temperature=0, max_tokens=args.max_tokens),
         use_tqdm=False,
     )
-    finished = time.perf_counter()
+    seconds = time.perf_counter() - started
 
-    results = [
-        Result(
-            prompt, output.outputs[0].text, list(output.outputs[0].token_ids), tokens
-        )
-        for prompt, output, tokens in zip(prompts, outputs, expected, strict=True)
-    ]
-    backends = backends_of(llm)
+    results = []
+    for prompt, output, tokens in zip(prompts, outputs, expected, strict=True):
+        (got,) = output.outputs
+        results.append(Result(prompt, got.text, list(got.token_ids), tokens))
     generated = sum(len(result.got) for result in results)
     equal = sum(result.equal for result in results)
-    seconds = finished - started
-    device = torch.cuda.get_device_name() if ON_GPU else "CPU, Triton's interpreter"
+    backends = backends_of(llm)
     show(
         results,
         {
@@ -190,14 +192,13 @@ def main() -> int:
             f"Triton {triton.__version__}",
             "start-up": f"{started - begun:.1f} s",
             "generation": f"{generated} tokens for {len(results)} prompts in "
-            f"{seconds:.1f} s: {generated / seconds:.1f} tokens/s",
+            f"{seconds:.1f} s, {generated / seconds:.1f} tokens/s",
             "Hugging Face, greedy": f"{equal} of {len(results)} continuations equal "
             "token for token",
         },
     )
-    return (
-        0 if equal == len(results) and set(backends) == {args.attention_backend} else 1
-    )
+    as_asked = set(backends) == {args.attention_backend}
+    return 0 if as_asked and equal == len(results) else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Trains the demo's model: a Llama of half a million weights on the text of corpus.py.
 
-    python demo/train.py [--out demo/model] [--steps 3000] [--seed 0]
+    python demo/train.py [--out demo/model] [--steps 6000] [--seed 0]
 
 Needs torch, transformers and tokenizers only; about 15 minutes on one core. The
 committed demo/model was made by this command with its defaults.
@@ -20,7 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END = "<|end|>"  # starts every paragraph and ends it
-BATCH = 32  # paragraphs of one step
+BATCH = 8  # paragraphs of one batch, padded to the longest of them
+BATCHES = 4  # batches of one step
 VOCABULARY = 512
 
 
@@ -73,7 +74,7 @@ def make_model(end: int) -> LlamaForCausalLM:
 def batches(
     tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields tokens and labels [BATCH, longest]; what is not to be learnt is -100.
+    """Yields tokens and labels [BATCH, longest]; a label of -100 does not count.
 
     Only the second half of a paragraph is learnt: the first is random. Paragraphs of
     similar length share a batch, so that little of it is padding.
@@ -81,7 +82,7 @@ def batches(
     rng, source, end = random.Random(seed), paragraphs(seed), tokenizer.eos_token_id
     while True:
         rows = []
-        for prompt, rest in itertools.islice(source, 32 * BATCH):
+        for prompt, rest in itertools.islice(source, 128 * BATCH):
             first = tokenizer(prompt).input_ids
             second = tokenizer(rest, add_special_tokens=False).input_ids + [end]
             rows.append((first + second, [-100] * len(first) + second))
@@ -109,7 +110,7 @@ def main() -> None:
     """Trains, prints the loss on the way, and writes the model and its tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -127,21 +128,21 @@ def main() -> None:
         betas=(0.9, 0.98),
     )
     begun = time.monotonic()
-    for step, (tokens, labels) in enumerate(
-        itertools.islice(batches(tokenizer, args.seed), args.steps)
-    ):
+    source = batches(tokenizer, args.seed)
+    for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps)
-        loss = model(input_ids=tokens, labels=labels).loss
-        loss.backward()
+        total = 0.0
+        for tokens, labels in itertools.islice(source, BATCHES):
+            loss = model(input_ids=tokens, labels=labels).loss / BATCHES
+            loss.backward()
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == args.steps - 1:
             seconds = time.monotonic() - begun
-            print(
-                f"step {step:5d}  loss {loss.item():.4f}  {seconds:6.0f} s", flush=True
-            )
+            print(f"step {step:5d}  loss {total:.4f}  {seconds:6.0f} s", flush=True)
 
     model.half().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
