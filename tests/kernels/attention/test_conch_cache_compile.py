@@ -107,7 +107,6 @@ def compile_all(name: str) -> dict[str, Resources]:
     return {
         "copy": compile_cache_write(name, None),
         "copy_fp8": compile_cache_write(name, native),
-        "copy_e5m2": compile_cache_write(name, torch.float8_e5m2),
         **{
             mode: compile_quantize(name, mode)
             for mode in ("static", "absmax", "dynamic", "per_token")
