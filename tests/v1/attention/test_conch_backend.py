@@ -1,0 +1,808 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The CONCH backend against plain PyTorch: builder, cache write and attention.
+
+Every step goes the engine's way: persistent input buffers with garbage behind the
+batch, a metadata builder for a group of layers, then each layer's calls.
+"""
+
+import math
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels.attention.conch_harness import (  # noqa: F401
+    DEVICE,
+    HALF_DTYPES,
+    ON_GPU,
+    assert_close,
+    gpu_only,
+    poisoned_scratch,
+)
+from tests.kernels.attention.conch_reference import (
+    SENTINEL,
+    Attention,
+    output_tolerance,
+    paged_attention,
+)
+from tests.v1.attention.conch_release import (
+    KV_LAYOUTS,
+    AttentionSelectorConfig,
+    bind_kv_cache,
+    make_kv_cache,
+    make_spec,
+    run_layer,
+)
+from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends.conch_attn import (
+    ConchAttentionBackend,
+    ConchAttentionImpl,
+    ConchAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.conch_base import (
+    AttentionCGSupport,
+    AttentionType,
+    CommonAttentionMetadata,
+    key_value_views,
+)
+
+# (query_len, tokens already in the cache) of each sequence.
+BATCHES = {
+    "decode": [(1, 7), (1, 0), (1, 40), (1, 100)],
+    "prefill": [(20, 0), (5, 0), (33, 0)],
+    "chunked": [(17, 32), (40, 25)],
+    "mixed": [(1, 50), (20, 13), (1, 3), (37, 0)],
+    "verify": [(4, 30), (4, 1), (2, 17)],
+}
+MAX_MODEL_LEN = 256
+NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 4, 2, 32, 16
+
+
+def make_config(
+    *,
+    num_speculative_tokens: int | None = None,
+    cudagraph_mode: CUDAGraphMode = CUDAGraphMode.NONE,
+    dtype: torch.dtype = torch.float32,
+) -> VllmConfig:
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(
+        max_model_len=MAX_MODEL_LEN, is_mm_prefix_lm=False, dtype=dtype
+    )
+    config.scheduler_config.max_num_seqs = 8
+    config.scheduler_config.max_num_batched_tokens = 192
+    config.compilation_config.cudagraph_mode = cudagraph_mode
+    if num_speculative_tokens is not None:
+        config.speculative_config = SimpleNamespace(
+            num_speculative_tokens=num_speculative_tokens, parallel_drafting=False
+        )
+    return config
+
+
+class Engine:
+    """A group of attention layers, their builder and the engine's input buffers."""
+
+    def __init__(
+        self,
+        layers: Sequence[dict[str, Any]] = ({},),
+        *,
+        dtype: torch.dtype = torch.float32,
+        kv_cache_dtype: str = "auto",
+        layout: str = KV_LAYOUTS[0],
+        scales: tuple[float, float] = (1.0, 1.0),
+        num_blocks: int = 64,
+        **config: Any,
+    ) -> None:
+        torch.manual_seed(0)
+        self.dtype = dtype
+        self.config = make_config(dtype=dtype, **config)
+        self.num_blocks = num_blocks
+        cache_dtype = dtype if kv_cache_dtype == "auto" else torch.uint8
+        self.layers = []
+        names = [f"layer.{i}" for i in range(len(layers))]
+        for name, options in zip(names, layers):
+            layer = SimpleNamespace(
+                impl=self.make_impl(kv_cache_dtype, **options),
+                _k_scale=torch.tensor(scales[0], device=DEVICE),
+                _v_scale=torch.tensor(scales[1], device=DEVICE),
+            )
+            view_dtype = layer.impl.fp8_dtype or dtype
+            kv_cache = make_kv_cache(
+                layout,
+                num_blocks,
+                BLOCK_SIZE,
+                NUM_KV_HEADS,
+                HEAD_SIZE,
+                view_dtype,
+                DEVICE,
+            )
+            bind_kv_cache(layer, kv_cache.view(cache_dtype))
+            layer.caches = key_value_views(kv_cache, HEAD_SIZE)
+            self.layers.append(layer)
+            self.config.compilation_config.static_forward_context[name] = layer
+        self.builder = ConchAttentionMetadataBuilder(
+            make_spec(BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE, cache_dtype),
+            names,
+            self.config,
+            torch.device(DEVICE),
+        )
+        # The engine's persistent buffers: a batch fills their beginnings.
+        self.query_start_loc = torch.zeros(9, dtype=torch.int32, device=DEVICE)
+        self.seq_lens = torch.zeros(8, dtype=torch.int32, device=DEVICE)
+        self.block_table = torch.full(
+            (8, MAX_MODEL_LEN // BLOCK_SIZE), 2**30, dtype=torch.int32, device=DEVICE
+        )
+        self.slot_mapping = torch.full((192,), -1, dtype=torch.int64, device=DEVICE)
+
+    def make_impl(self, kv_cache_dtype: str, **options: Any) -> ConchAttentionImpl:
+        default_dtype = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with set_current_vllm_config(self.config):
+                return ConchAttentionImpl(
+                    options.pop("num_heads", NUM_HEADS),
+                    HEAD_SIZE,
+                    1 / math.sqrt(HEAD_SIZE),
+                    NUM_KV_HEADS,
+                    kv_cache_dtype=kv_cache_dtype,
+                    **options,
+                )
+        finally:
+            torch.set_default_dtype(default_dtype)
+
+    def fill(
+        self,
+        lengths: Sequence[tuple[int, int]],
+        *,
+        padded_reqs: int = 0,
+        padded_tokens: int = 0,
+        causal: bool = True,
+    ) -> CommonAttentionMetadata:
+        """Puts a batch into the persistent buffers, padded as for a CUDA graph."""
+        num_reqs = len(lengths) + padded_reqs
+        query_lens = [query_len for query_len, _ in lengths]
+        seq_lens = [query_len + context for query_len, context in lengths]
+        starts = torch.tensor([0, *query_lens]).cumsum(0)
+        self.query_start_loc.fill_(starts[-1])
+        self.query_start_loc[: len(starts)] = starts
+        self.seq_lens.zero_()
+        self.seq_lens[: len(seq_lens)] = torch.tensor(seq_lens)
+        # Pages at random; block 0 is nobody's.
+        free = 1 + torch.randperm(self.num_blocks - 1)
+        self.block_table.fill_(2**30)
+        self.slot_mapping.fill_(-1)
+        token = 0
+        for row, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens)):
+            count = -(-seq_len // BLOCK_SIZE)
+            pages, free = free[:count], free[count:]
+            self.block_table[row, :count] = pages.to(torch.int32)
+            position = torch.arange(seq_len - query_len, seq_len)
+            slots = pages[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+            self.slot_mapping[token : token + query_len] = slots
+            token += query_len
+        num_tokens = token + padded_tokens
+        return CommonAttentionMetadata(
+            query_start_loc=self.query_start_loc[: num_reqs + 1],
+            query_start_loc_cpu=self.query_start_loc[: num_reqs + 1].cpu(),
+            seq_lens=self.seq_lens[:num_reqs],
+            num_reqs=num_reqs,
+            num_actual_tokens=num_tokens,
+            max_query_len=max(query_lens),
+            max_seq_len=max(seq_lens),
+            block_table_tensor=self.block_table[:num_reqs],
+            slot_mapping=self.slot_mapping[:num_tokens],
+            causal=causal,
+        )
+
+    def fill_context(self, layer: Any) -> None:
+        """Random keys and values for what the batch finds in the cache."""
+        starts = self.query_start_loc.tolist()
+        for row, seq_len in enumerate(self.seq_lens.tolist()):
+            context = seq_len - (starts[row + 1] - starts[row])
+            position = torch.arange(context, device=DEVICE)
+            block = self.block_table[row][position // BLOCK_SIZE].long()
+            for cache in layer.caches:
+                rows = torch.randn(context, NUM_KV_HEADS, HEAD_SIZE, device=DEVICE)
+                cache[block, position % BLOCK_SIZE] = rows.to(cache.dtype)
+
+    def new_tokens(self, layer: Any, num_tokens: int) -> tuple[torch.Tensor, ...]:
+        """Query, key, value as slices of one projection; more rows than tokens."""
+        heads = (layer.impl.num_heads, NUM_KV_HEADS, NUM_KV_HEADS)
+        rows = torch.full(
+            (num_tokens + 2, sum(heads), HEAD_SIZE),
+            math.nan,
+            dtype=self.dtype,
+            device=DEVICE,
+        )
+        live = int(self.query_start_loc[-1])
+        rows[:live] = torch.randn(rows[:live].shape, device=DEVICE).to(self.dtype)
+        return rows.split(heads, dim=1)
+
+    def reference(self, layer: Any, query: torch.Tensor, metadata: Any) -> Attention:
+        impl = layer.impl
+        is_fp8 = impl.fp8_dtype is not None
+        return paged_attention(
+            query,
+            *layer.caches,
+            self.query_start_loc[: len(metadata.seq_lens) + 1],
+            self.seq_lens[: len(metadata.seq_lens)],
+            self.block_table,
+            scale=impl.scale,
+            causal=metadata.causal,
+            softcap=impl.softcap,
+            sliding_window=impl.sliding_window,
+            k_scale=layer._k_scale if is_fp8 else None,
+            v_scale=layer._v_scale if is_fp8 else None,
+        )
+
+    def check(self, layer: Any, metadata: Any) -> None:
+        """Runs one layer on the filled batch: cache, output and nothing else."""
+        self.fill_context(layer)
+        query, key, value = self.new_tokens(layer, metadata.num_actual_tokens)
+        output = torch.full_like(query, SENTINEL)
+        before = [cache.clone() for cache in layer.caches]
+        assert run_layer(layer, query, key, value, metadata, output) is output
+        self.check_cache(layer, before, key, value, metadata.slot_mapping)
+        self.check_output(layer, query, output, metadata)
+
+    def check_cache(
+        self,
+        layer: Any,
+        before: Sequence[torch.Tensor],
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """The new tokens are in their slots and every other byte is as it was."""
+        live = slot_mapping[slot_mapping >= 0]
+        scales = (layer._k_scale, layer._v_scale)
+        for cache, old, new, scale in zip(layer.caches, before, (key, value), scales):
+            expected = old
+            if layer.impl.kv_sharing_target_layer_name is None:
+                rows = new[: len(live)]
+                if layer.impl.fp8_dtype is not None:
+                    bound = torch.finfo(cache.dtype).max
+                    rows = (rows.float() / scale).clamp(-bound, bound)
+                expected[live // BLOCK_SIZE, live % BLOCK_SIZE] = rows.to(cache.dtype)
+            size = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[cache.itemsize]
+            assert torch.equal(cache.view(size), expected.view(size))
+
+    def check_output(
+        self, layer: Any, query: torch.Tensor, output: torch.Tensor, metadata: Any
+    ) -> None:
+        live = int(self.query_start_loc[-1])
+        reference = self.reference(layer, query, metadata)
+        reference = Attention(*(part[:live] for part in reference))
+        allowed = output_tolerance(reference, query.dtype)
+        assert_close("output", output[:live], reference.output, allowed)
+        assert bool((output[live:] == SENTINEL).all()), "padding rows were written"
+
+    def step(self, lengths: Sequence[tuple[int, int]], **options: Any) -> None:
+        """Builds metadata for a batch and checks every layer on it."""
+        metadata = self.builder.build(0, self.fill(lengths, **options))
+        for layer in self.layers:
+            self.check(layer, metadata)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_batches(batch: str, dtype: torch.dtype) -> None:
+    Engine(dtype=dtype).step(BATCHES[batch])
+
+
+@pytest.mark.parametrize("layout", KV_LAYOUTS)
+def test_every_kv_cache_layout(layout: str) -> None:
+    Engine(layout=layout).step(BATCHES["mixed"])
+
+
+@pytest.mark.parametrize("batch", ["decode", "chunked"])
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_fp8_cache(kv_cache_dtype: str, batch: str) -> None:
+    """The cache is allocated as bytes, written and read as the fp8 format."""
+    engine = Engine(kv_cache_dtype=kv_cache_dtype, scales=(0.5, 2.0))
+    engine.step(BATCHES[batch])
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_layers_with_different_windows_share_a_group(batch: str) -> None:
+    """Without the hybrid KV cache manager one group holds all of a model's layers."""
+    windows = [None, 16, 40, 16]
+    engine = Engine([{"sliding_window": window} for window in windows])
+    assert set(engine.builder.schedules) == {(4, None), (4, 16), (4, 40)}
+    engine.step(BATCHES[batch])
+
+
+def test_layers_with_different_query_heads_share_a_group() -> None:
+    """A drafter's layer may join the target's group with query heads of its own."""
+    engine = Engine([{}, {"num_heads": 2}, {"num_heads": 8}])
+    engine.step(BATCHES["mixed"])
+
+
+def test_one_update_per_schedule_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine([{"sliding_window": window} for window in [None, 16] * 3])
+    updates = []
+    for key, schedule in engine.builder.schedules.items():
+        update = schedule.update
+
+        def counted(*args: Any, key: Any = key, update: Any = update, **kw: Any):
+            updates.append(key)
+            return update(*args, **kw)
+
+        monkeypatch.setattr(schedule, "update", counted)
+    engine.step(BATCHES["mixed"])
+    assert sorted(updates, key=str) == [(4, 16), (4, None)]
+
+
+def test_softcap() -> None:
+    Engine([{"logits_soft_cap": 5.0}]).step(BATCHES["mixed"])
+
+
+def test_non_causal() -> None:
+    engine = Engine([{}, {"sliding_window": 16}])
+    engine.step(BATCHES["mixed"], causal=False)
+
+
+def test_shared_cache_is_not_written() -> None:
+    """A layer that shares another's cache attends to it and leaves it as it is."""
+    engine = Engine([{}, {"kv_sharing_target_layer_name": "layer.0"}])
+    target, sharing = engine.layers
+    sharing.kv_cache, sharing.caches = target.kv_cache, target.caches
+    metadata = engine.builder.build(0, engine.fill(BATCHES["mixed"]))
+    engine.check(target, metadata)
+    before = [cache.clone() for cache in target.caches]
+    query, key, value = engine.new_tokens(sharing, metadata.num_actual_tokens)
+    output = torch.full_like(query, SENTINEL)
+    run_layer(sharing, query, key, value, metadata, output)
+    engine.check_output(sharing, query, output, metadata)
+    for cache, old in zip(target.caches, before):
+        assert torch.equal(cache.nan_to_num(7.0), old.nan_to_num(7.0))
+    # Models may pass no keys and values at all.
+    output.fill_(SENTINEL)
+    run_layer(sharing, query, None, None, metadata, output)
+    engine.check_output(sharing, query, output, metadata)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[(1, 30), (1, 3)], [(3, 30), (1, 3)], [(20, 5), (1, 3)]]
+)
+def test_padded_batches(lengths: list[tuple[int, int]]) -> None:
+    """Padding requests have neither query nor keys, padding tokens no slot."""
+    Engine(num_speculative_tokens=2).step(lengths, padded_reqs=4, padded_tokens=11)
+
+
+def test_buffers_hold_consecutive_batches() -> None:
+    """What one step leaves in the schedules does not show in the next."""
+    engine = Engine(num_speculative_tokens=3)
+    for batch in ("mixed", "decode", "prefill", "verify", "decode", "chunked"):
+        engine.step(BATCHES[batch])
+
+
+def test_largest_batch() -> None:
+    """As many sequences and tokens as the engine is configured for."""
+    engine = Engine(num_blocks=200)
+    engine.step([(24, 8 * i) for i in range(8)])
+
+
+# ---- CUDA graphs: metadata of a capture, replayed with other batches
+
+
+def capture(engine: Engine, num_reqs: int, num_tokens: int, uniform: bool) -> Any:
+    """Metadata as for the capture of a graph of padded size num_reqs, num_tokens."""
+    base, extra = divmod(num_tokens, num_reqs)
+    lengths = [(base + (i < extra), 0) for i in range(num_reqs)]
+    common = engine.fill(lengths)
+    common.max_query_len = base if uniform else num_tokens
+    common.max_seq_len = MAX_MODEL_LEN
+    return engine.builder.build_for_cudagraph_capture(common)
+
+
+# The first batch fills the list of work far beyond what the others need.
+LARGE_REPLAYS = [
+    [(41, 0), *[(17, 0)] * 7],
+    [(160, 50)],
+    [(1, 9)] * 8,
+    [(41, 0), *[(17, 0)] * 7],
+    [(1, 9), (2, 30)],
+]
+MIXED_REPLAYS = [
+    [(40, 17)],
+    [(1, 30), (1, 3), (1, 77), (1, 0)],
+    [(1, 30), (20, 9), (1, 3)],
+    [(8, 3), (2, 40), (16, 16), (1, 5)],
+    [(5, 0), (6, 1)],
+]
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_mixed_graph_replays_any_batch(window: int | None) -> None:
+    """A graph of 40 tokens serves every batch of up to so many, whatever its split.
+
+    The launches keep what they were captured with; the step's build only fills the
+    same buffers.
+    """
+    engine = Engine([{"sliding_window": window}], cudagraph_mode=CUDAGraphMode.FULL)
+    captured = capture(engine, num_reqs=8, num_tokens=40, uniform=False)
+    assert captured.seq_lens.tolist() == [1] * 8
+    replay(engine, captured, MIXED_REPLAYS, num_reqs=8)
+
+
+def test_mixed_graph_replays_unpadded_requests() -> None:
+    """Some releases pad a mixed graph's tokens only: fewer rows than at capture."""
+    engine = Engine(cudagraph_mode=CUDAGraphMode.FULL)
+    captured = capture(engine, num_reqs=8, num_tokens=40, uniform=False)
+    replay(engine, captured, MIXED_REPLAYS, num_reqs=None)
+
+
+@pytest.mark.parametrize("num_reqs", [8, None])
+def test_large_mixed_graph_replays_any_batch(num_reqs: int | None) -> None:
+    engine = Engine(cudagraph_mode=CUDAGraphMode.FULL)
+    captured = capture(engine, num_reqs=8, num_tokens=160, uniform=False)
+    replay(engine, captured, LARGE_REPLAYS, num_reqs)
+
+
+def test_small_mixed_graph_replays_any_batch() -> None:
+    """Up to 16 tokens every batch takes the decode kernel alone."""
+    engine = Engine(cudagraph_mode=CUDAGraphMode.FULL)
+    captured = capture(engine, num_reqs=8, num_tokens=16, uniform=False)
+    replay(engine, captured, [[(16, 9)], [(1, 3), (7, 30)], [(1, 99)]], num_reqs=8)
+
+
+@pytest.mark.parametrize("num_speculative_tokens", [None, 3])
+def test_decode_graph_replays_decodes(num_speculative_tokens: int | None) -> None:
+    engine = Engine(
+        num_speculative_tokens=num_speculative_tokens,
+        cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
+    )
+    longest = 1 + (num_speculative_tokens or 0)
+    captured = capture(engine, num_reqs=4, num_tokens=4 * longest, uniform=True)
+    batches = [[(1, 30), (1, 3)], [(1, 0), (1, 99), (1, 16)]]
+    if num_speculative_tokens:
+        batches += [[(4, 30), (4, 3)], [(2, 20), (1, 9), (4, 50)]]
+    replay(engine, captured, batches, num_reqs=4)
+
+
+def replay(
+    engine: Engine,
+    captured: Any,
+    batches: list[list[tuple[int, int]]],
+    num_reqs: int | None,
+) -> None:
+    """Replays launches with the captured metadata for each batch.
+
+    On a GPU a real CUDA graph; elsewhere the same calls, made with what was on the
+    host at capture.
+    """
+    (layer,) = engine.layers
+    num_tokens = captured.num_actual_tokens
+    frozen = {key: copy(schedule) for key, schedule in captured.schedules.items()}
+    captured = replace(captured, schedules=frozen)
+    rows = engine.new_tokens(layer, num_tokens)
+    output = torch.full_like(rows[0], SENTINEL)
+
+    def launch() -> None:
+        run_layer(layer, *rows, captured, output)
+
+    if ON_GPU:
+        launch()  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launch()
+        launch = graph.replay
+    for lengths in batches:
+        padded_reqs = 0 if num_reqs is None else num_reqs - len(lengths)
+        padded_tokens = num_tokens - sum(query_len for query_len, _ in lengths)
+        common = engine.fill(
+            lengths, padded_reqs=padded_reqs, padded_tokens=padded_tokens
+        )
+        metadata = engine.builder.build(0, common)
+        assert metadata.num_actual_tokens == num_tokens
+        engine.fill_context(layer)
+        for part, new in zip(rows, engine.new_tokens(layer, num_tokens)):
+            part.copy_(new)
+        output.fill_(SENTINEL)
+        launch()
+        engine.check_output(layer, rows[0], output, metadata)
+
+
+@pytest.mark.skipif(
+    not hasattr(ConchAttentionMetadataBuilder, "update_draft_decode_metadata"),
+    reason="speculators of this release rebuild the metadata of every draft step",
+)
+def test_draft_steps_update_their_metadata() -> None:
+    """A speculator advances seq_lens on the device and updates what it built once."""
+    engine = Engine(num_speculative_tokens=3)
+    assert engine.builder.supports_draft_decode_metadata_update
+    metadata = engine.builder.build(0, engine.fill([(1, 13), (1, 40), (1, 0)]))
+    # Pages for all that the sequences will grow to.
+    pages = torch.arange(1, 25, dtype=torch.int32, device=DEVICE).view(3, 8)
+    engine.block_table[:3, :8] = pages
+    for _ in range(3):
+        engine.seq_lens[:3] += 17
+        last = (engine.seq_lens[:3] - 1).long()
+        page = pages.gather(1, (last // BLOCK_SIZE)[:, None])[:, 0]
+        engine.slot_mapping[:3] = page * BLOCK_SIZE + last % BLOCK_SIZE
+        engine.builder.update_draft_decode_metadata(metadata)
+        engine.check(engine.layers[0], metadata)
+
+
+def test_every_cuda_graph_mode_is_supported() -> None:
+    support = ConchAttentionMetadataBuilder.get_cudagraph_support(
+        make_config(), make_spec(16, 1, 32, torch.float16)
+    )
+    assert support == AttentionCGSupport.ALWAYS
+
+
+def test_dummy_batches_stay_within_block_tables() -> None:
+    """A dummy run may claim sequences longer than the model's length."""
+    engine = Engine()
+    common = engine.fill([(1, 3), (1, 9)])
+    common.seq_lens.fill_(4 * MAX_MODEL_LEN)
+    common.max_seq_len = 4 * MAX_MODEL_LEN
+    metadata = engine.builder.build(0, common)
+    assert metadata.seq_lens.tolist() == [MAX_MODEL_LEN] * 2
+
+
+# ---- start-up: profiling, warm-up, what is refused
+
+
+def test_profiling_has_no_cache_and_no_metadata() -> None:
+    engine = Engine()
+    (layer,) = engine.layers
+    bind_kv_cache(layer, torch.tensor([]))
+    query, key, value = engine.new_tokens(layer, 5)
+    output = torch.full_like(query, math.nan)
+    assert run_layer(layer, query, key, value, None, output) is output
+    assert bool((output == 0).all())
+    layer.impl.write_kv_cache(layer, key, value, torch.tensor([]), engine.slot_mapping)
+    layer.impl.warm_up(layer)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_warm_up_leaves_the_cache_alone(kv_cache_dtype: str) -> None:
+    engine = Engine(kv_cache_dtype=kv_cache_dtype)
+    (layer,) = engine.layers
+    before = [cache.clone().view(torch.uint8) for cache in layer.caches]
+    layer.impl.warm_up(layer)
+    for cache, old in zip(layer.caches, before):
+        assert torch.equal(cache.contiguous().view(torch.uint8), old)
+
+
+@gpu_only
+@pytest.mark.parametrize("layout", KV_LAYOUTS)
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_nothing_compiles_after_warm_up(
+    kv_cache_dtype: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton import knobs
+
+    windows = [{}, {"sliding_window": 40}, {"logits_soft_cap": 30.0}]
+    engine = Engine(
+        windows,
+        dtype=torch.bfloat16,
+        kv_cache_dtype=kv_cache_dtype,
+        layout=layout,
+        num_speculative_tokens=3,
+    )
+    for layer in engine.layers:
+        layer.impl.warm_up(layer)
+    engine.step(BATCHES["decode"])  # the builder's own kernels
+    compiled: list[str] = []
+
+    def record(**event: Any) -> None:
+        compiled.append(event["fn"].name)
+
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", record)
+    for lengths in (*BATCHES.values(), [(1, 0)], [(190, 1)], [(16, 0), (17, 1)]):
+        engine.step(lengths)
+        engine.step(lengths, padded_reqs=2, padded_tokens=1)
+    assert not compiled
+
+
+def test_views_of_a_cache_are_made_once() -> None:
+    engine = Engine(kv_cache_dtype="fp8")
+    impl = engine.layers[0].impl
+    kv_cache = make_kv_cache(
+        KV_LAYOUTS[0], 4, BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE, torch.float16, DEVICE
+    ).view(torch.uint8)[..., ::2]
+    other = kv_cache.clone()
+    first = impl.key_value_caches(kv_cache)
+    assert impl.key_value_caches(kv_cache) is first
+    second = impl.key_value_caches(other)
+    assert [view.data_ptr() for view in second] != [view.data_ptr() for view in first]
+    assert all(view.dtype == current_platform.fp8_dtype() for view in first)
+
+
+def test_schedules_are_made_for_the_group_and_the_configuration() -> None:
+    engine = Engine(num_speculative_tokens=3)
+    (schedule,) = engine.builder.schedules.values()
+    assert schedule.max_num_seqs == 8
+    assert schedule.max_num_tokens == 192
+    assert schedule.decode_query_len == engine.builder.decode_query_len == 4
+
+
+def selector_config(**changes: Any) -> dict[str, Any]:
+    """What a platform asks validate_configuration; changes of unknown fields drop."""
+    usual = {"head_size": 64, "dtype": torch.float16, "kv_cache_dtype": "auto"}
+    known = AttentionSelectorConfig(**usual, block_size=16)._asdict()
+    known |= {name: value for name, value in changes.items() if name in known}
+    return {"device_capability": DeviceCapability(9, 0)} | known
+
+
+SUPPORTED = [
+    {"head_size": head_size} for head_size in (16, 64, 80, 96, 112, 128, 256, 512)
+] + [
+    {"block_size": block_size} for block_size in (None, 16, 48, 128, 528, 784, 1056)
+] + [
+    {"dtype": torch.float16},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float32},
+    {"kv_cache_dtype": None},
+    {"kv_cache_dtype": "fp8"},
+    {"kv_cache_dtype": "fp8_e4m3"},
+    {"kv_cache_dtype": "fp8_e5m2"},
+    {"kv_cache_dtype": "bfloat16", "dtype": torch.bfloat16},
+    {"has_sliding_window": True},
+    {"use_non_causal": True},
+    {"use_kv_connector": True},
+    {"use_adaptive_verification": True},
+    {"attn_type": AttentionType.DECODER},
+]  # fmt: skip
+
+UNSUPPORTED = [
+    ({"head_size": 8}, "head_size 8 not supported: it must be from 16 to 512"),
+    ({"head_size": 576}, "head_size 576 not supported: it must be from 16 to 512"),
+    ({"block_size": 24}, "block_size 24 not supported: it must be a multiple of 16"),
+    ({"dtype": torch.float64}, "dtype torch.float64 not supported"),
+    ({"kv_cache_dtype": "fp8_inc"}, "kv_cache_dtype fp8_inc not supported"),
+    (
+        {"kv_cache_dtype": "bfloat16"},
+        "kv_cache_dtype bfloat16 not supported with dtype torch.float16",
+    ),
+    ({"use_mla": True}, "MLA not supported"),
+    ({"has_sink": True}, "sink"),
+    ({"use_sparse": True}, "sparse not supported"),
+    ({"use_mm_prefix": True}, "partial multimodal token full attention"),
+    ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),
+    ({"use_batch_invariant": True}, "batch invariance not supported"),
+    ({"use_pcp": True}, "PCP not supported"),
+    ({"use_dcp": True}, "DCP not supported"),
+    ({"use_rswa": True}, "R-SWA not supported"),
+    ({"attn_type": AttentionType.ENCODER}, "attention type encoder not supported"),
+    ({"attn_type": AttentionType.ENCODER_ONLY}, "attention type encoder_only not"),
+    ({"attn_type": AttentionType.ENCODER_DECODER}, "attention type encoder_decoder"),
+]
+
+
+@pytest.mark.parametrize("changes", SUPPORTED, ids=str)
+def test_supported_configurations(changes: dict[str, Any]) -> None:
+    assert (
+        ConchAttentionBackend.validate_configuration(**selector_config(**changes)) == []
+    )
+
+
+@pytest.mark.parametrize(("changes", "reason"), UNSUPPORTED, ids=str)
+def test_unsupported_configurations(changes: dict[str, Any], reason: str) -> None:
+    config = selector_config(**changes)
+    if not changes.keys() <= config.keys():
+        pytest.skip("this release does not ask for it")
+    (only,) = ConchAttentionBackend.validate_configuration(**config)
+    assert reason in only
+
+
+def test_all_reasons_at_once() -> None:
+    expected = {}
+    for changes, reason in UNSUPPORTED:
+        (name, *_) = changes
+        if name in selector_config() and reason not in expected.values():
+            expected[name] = (changes[name], reason)
+    config = selector_config(**{name: value for name, (value, _) in expected.items()})
+    reasons = ConchAttentionBackend.validate_configuration(**config)
+    expected.pop("kv_cache_dtype")  # refused for itself, not with its dtype
+    for _, reason in expected.values():
+        assert any(reason in one for one in reasons), (reason, reasons)
+    assert len(reasons) == len(set(reasons))
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "reason"),
+    [
+        ((7, 5), {"dtype": torch.bfloat16}, "compute capability 8.0"),
+        ((8, 0), {"kv_cache_dtype": "fp8"}, "compute capability 8.9"),
+        ((8, 6), {"kv_cache_dtype": "fp8_e4m3"}, "compute capability 8.9"),
+        ((8, 9), {"kv_cache_dtype": "fp8_e4m3"}, None),
+        ((8, 0), {"kv_cache_dtype": "fp8_e5m2"}, None),
+        ((7, 5), {"dtype": torch.float16}, None),
+    ],
+)
+def test_what_a_cuda_device_lacks(
+    capability: tuple[int, int],
+    changes: dict[str, Any],
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    config = selector_config(**changes)
+    config["device_capability"] = DeviceCapability(*capability)
+    reasons = ConchAttentionBackend.validate_configuration(**config)
+    assert len(reasons) == (reason is not None)
+    assert reason is None or reason in reasons[0]
+
+
+def test_layer_refuses_with_every_reason() -> None:
+    """What the selector does not see is refused when the layer is made."""
+    engine = Engine()
+    with pytest.raises(ValueError) as error:
+        engine.make_impl(
+            "fp8_inc",
+            alibi_slopes=[0.5] * NUM_HEADS,
+            attn_type=AttentionType.ENCODER_ONLY,
+            sinks=torch.zeros(NUM_HEADS),
+            chunk_lookback=3,
+        )
+    for reason in (
+        "kv_cache_dtype fp8_inc not supported",
+        "attention type encoder_only not supported",
+        "ALiBi not supported",
+        "sinks not supported",
+        "chunk_lookback not supported",
+        "--attention-backend",
+    ):
+        assert reason in str(error.value)
+
+
+def test_layer_refuses_unknown_arguments() -> None:
+    with pytest.raises(ValueError, match="attention_bias not supported"):
+        Engine().make_impl("auto", attention_bias=True)
+
+
+def test_layer_accepts_arguments_that_ask_for_nothing() -> None:
+    Engine().make_impl("auto", sinks=None)
+
+
+@pytest.mark.parametrize("size", ["dcp_world_size", "pcp_world_size"])
+def test_layer_refuses_context_parallelism(
+    size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = ConchAttentionImpl.__new__
+
+    def create_on_two_ranks(cls: type, *args: Any, **kwargs: Any) -> Any:
+        impl = create(cls, *args, **kwargs)
+        setattr(impl, size, 2)
+        return impl
+
+    monkeypatch.setattr(ConchAttentionImpl, "__new__", create_on_two_ranks)
+    with pytest.raises(ValueError, match=f"{size[:3].upper()}.* not supported"):
+        Engine()
+
+
+def test_batch_must_be_causal_or_not() -> None:
+    engine = Engine()
+    per_sequence = torch.tensor([True, False])
+    common = engine.fill([(1, 3), (1, 9)])
+    common.causal = per_sequence
+    with pytest.raises(ValueError, match="causal=.*True or False for the whole batch"):
+        engine.builder.build(0, common)
+
+
+def test_output_is_not_quantised() -> None:
+    engine = Engine()
+    (layer,) = engine.layers
+    metadata = engine.builder.build(0, engine.fill([(1, 3)]))
+    query, key, value = engine.new_tokens(layer, 1)
+    with pytest.raises(ValueError, match="output_scale"):
+        layer.impl.forward(
+            layer,
+            query,
+            key,
+            value,
+            engine.layers[0].kv_cache,
+            metadata,
+            output=query,
+            output_scale=torch.ones(1),
+        )

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""vLLM's engine generates with CONCH what Hugging Face generates, token by token.
+
+Small random models in fp32, greedily. Without a GPU the kernels run in Triton's
+interpreter, on the platform of the `vllm_interpreter` plugin.
+"""
+
+import gc
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
+
+ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+if not ON_GPU:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+    pytest.importorskip("vllm_interpreter")
+
+import vllm  # noqa: E402
+from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+from vllm.v1.attention.backends import conch_attn  # noqa: E402
+from vllm.v1.worker import cpu_model_runner  # noqa: E402
+
+VOCABULARY = 128
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+    # Far from uniform, so that the next token depends on what is attended to.
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def random_prompts(*lengths: int, shared: int = 0) -> list[list[int]]:
+    """Prompts of random tokens that begin with the same `shared` ones."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(VOCABULARY, (count,), generator=generator).tolist()
+
+    beginning = tokens(shared)
+    return [beginning + tokens(length) for length in lengths]
+
+
+def expected_tokens(
+    model: PreTrainedModel, prompts: list[list[int]], count: int
+) -> list[list[int]]:
+    """What Hugging Face generates greedily after each prompt."""
+    results = []
+    for prompt in prompts:
+        tokens = torch.tensor([prompt])
+        for _ in range(count):
+            with torch.no_grad():
+                logits = model(tokens, use_cache=False).logits[0, -1]
+            tokens = torch.cat([tokens, logits.argmax().view(1, 1)], dim=1)
+        results.append(tokens[0, len(prompt) :].tolist())
+    return results
+
+
+def save(model_class: type[PreTrainedModel], config: Any, folder: Path) -> Any:
+    torch.manual_seed(1)
+    model = model_class._from_config(config, attn_implementation="eager").float()
+    model = model.eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, PreTrainedModel]:
+    folder = tmp_path_factory.mktemp("llama")
+    return str(folder), save(LlamaForCausalLM, LlamaConfig(**SHAPE), folder)
+
+
+class Steps:
+    """The batches that CONCH attended to: (query_len, seq_len) of each sequence."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+        self.num_calls = 0
+        builder = conch_attn.ConchAttentionMetadataBuilder
+        build, attention = builder.build, conch_attn.varlen_attention
+
+        def recording_build(*args: Any, **kwargs: Any) -> Any:
+            metadata = build(*args, **kwargs)
+            query_lens = metadata.query_start_loc.diff().tolist()
+            self.batches.append(list(zip(query_lens, metadata.seq_lens.tolist())))
+            return metadata
+
+        def counting_attention(*args: Any, **kwargs: Any) -> None:
+            self.num_calls += 1
+            attention(*args, **kwargs)
+
+        monkeypatch.setattr(builder, "build", recording_build)
+        monkeypatch.setattr(conch_attn, "varlen_attention", counting_attention)
+
+    def any_sequence(self, condition: Callable[[int, int], bool]) -> bool:
+        return any(condition(*lengths) for batch in self.batches for lengths in batch)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    return Steps(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine and its worker run in this process, where a test can look."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+@contextmanager
+def engine(folder: str, **options: Any) -> Iterator[vllm.LLM]:
+    """An engine whose every attention layer runs CONCH."""
+    llm = vllm.LLM(
+        folder,
+        attention_config={"backend": "CONCH"},
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        disable_log_stats=False,
+        gpu_memory_utilization=0.3,
+        seed=0,
+        **{
+            "max_model_len": 128,
+            "max_num_batched_tokens": 128,
+            "max_num_seqs": 4,
+            "block_size": 16,
+            "num_gpu_blocks_override": 64,
+        }
+        | options,
+    )
+    try:
+        config = llm.llm_engine.vllm_config.compilation_config
+        layers = config.static_forward_context.values()
+        impls = [layer.impl for layer in layers if hasattr(layer, "impl")]
+        assert len(impls) == SHAPE["num_hidden_layers"]
+        assert {type(impl) for impl in impls} == {conch_attn.ConchAttentionImpl}
+        yield llm
+    finally:
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def generate(llm: vllm.LLM, prompts: list[list[int]], count: int) -> list[list[int]]:
+    sampling = vllm.SamplingParams(
+        temperature=0, max_tokens=count, ignore_eos=True, detokenize=False
+    )
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(inputs, sampling, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def runs_speculation_on_cpu() -> bool:
+    """The CPU runner of some releases asserts that there is no speculation."""
+    source = inspect.getsource(cpu_model_runner.CPUModelRunner.__init__)
+    return "spec decode is not supported" not in source
+
+
+def metric(llm: vllm.LLM, name: str) -> int:
+    return sum(m.value for m in llm.get_metrics() if m.name == f"vllm:{name}")
+
+
+def is_chunk(query_len: int, seq_len: int) -> bool:
+    """A prefill that continues what is in the cache: 1 < query_len < seq_len."""
+    return 1 < query_len < seq_len
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_chunked_prefill_and_prefix_caching(
+    prefix_caching: bool, llama: tuple[str, PreTrainedModel], steps: Steps
+) -> None:
+    """Prompts longer than a step's budget, the same ones twice."""
+    folder, model = llama
+    prompts = random_prompts(50, 3, 21, shared=37)
+    expected = expected_tokens(model, prompts, 6)
+    with engine(
+        folder, max_num_batched_tokens=32, enable_prefix_caching=prefix_caching
+    ) as llm:
+        assert generate(llm, prompts, 6) == expected
+        assert generate(llm, prompts, 6) == expected
+        assert (metric(llm, "prefix_cache_hits") > 0) == prefix_caching
+    assert steps.any_sequence(is_chunk)
+    mixed = [{query_len == 1 for query_len, _ in batch} for batch in steps.batches]
+    assert {True, False} in mixed  # decodes and prefills in one batch
+    assert steps.num_calls > 0
+
+
+def test_preemption(llama: tuple[str, PreTrainedModel], steps: Steps) -> None:
+    """Too few pages for all sequences: some lose theirs and begin again."""
+    folder, model = llama
+    prompts = random_prompts(30, 28, 25, 31)
+    with engine(folder, num_gpu_blocks_override=11, enable_prefix_caching=False) as llm:
+        assert generate(llm, prompts, 12) == expected_tokens(model, prompts, 12)
+        assert metric(llm, "num_preemptions") > 0
+    assert steps.num_calls > 0
+
+
+def test_sliding_window(tmp_path: Path, steps: Steps) -> None:
+    config = MistralConfig(**SHAPE, sliding_window=24)
+    model = save(MistralForCausalLM, config, tmp_path)
+    prompts = random_prompts(70, 20, 41)
+    expected = expected_tokens(model, prompts, 8)
+    with engine(str(tmp_path), max_num_batched_tokens=48) as llm:
+        assert generate(llm, prompts, 8) == expected
+    assert steps.any_sequence(lambda query_len, seq_len: seq_len > 24 + query_len)
+
+
+def test_softcap_and_two_windows_in_one_group(tmp_path: Path, steps: Steps) -> None:
+    """Gemma 2 caps logits; every other layer has a window. One KV cache for all."""
+    config = Gemma2Config(
+        **SHAPE,
+        hidden_act="gelu_pytorch_tanh",
+        sliding_window=24,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=20.0,
+        query_pre_attn_scalar=16,
+    )
+    model = save(Gemma2ForCausalLM, config, tmp_path)
+    prompts = random_prompts(70, 20, 41)
+    expected = expected_tokens(model, prompts, 8)
+    with engine(
+        str(tmp_path),
+        max_num_batched_tokens=48,
+        disable_hybrid_kv_cache_manager=True,
+    ) as llm:
+        assert generate(llm, prompts, 8) == expected
+    assert steps.any_sequence(lambda query_len, seq_len: seq_len > 24 + query_len)
+
+
+def test_speculative_decoding(llama: tuple[str, PreTrainedModel], steps: Steps) -> None:
+    """Several tokens of a sequence are verified at once, some of them wrong."""
+    folder, model = llama
+    pattern = random_prompts(7)[0]
+    prompts = [pattern * 5, (pattern * 4)[:25], random_prompts(30)[0]]
+    expected = expected_tokens(model, prompts, 16)
+    speculative_config = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_max": 3,
+        "prompt_lookup_min": 1,
+    }
+    if not ON_GPU and not runs_speculation_on_cpu():
+        pytest.skip("this release speculates on GPUs only")
+    with engine(folder, speculative_config=speculative_config) as llm:
+        assert generate(llm, prompts, 16) == expected
+        drafted = metric(llm, "spec_decode_num_draft_tokens")
+        accepted = metric(llm, "spec_decode_num_accepted_tokens")
+        assert drafted > accepted > 0
+    assert steps.any_sequence(
+        lambda query_len, seq_len: 1 < query_len <= 4 and seq_len > 30
+    )
