@@ -13,7 +13,16 @@ the keys (FlashDecoding, Dao et al. 2023), so results do not depend on timing.
 
 from vllm.triton_utils import tl, triton
 
-from .tile import attend_tiles, query_rows, row_offsets, write_rows
+from .tile import (
+    attend_tiles,
+    load_query,
+    load_scales,
+    query_rows,
+    row_offsets,
+    start_state,
+    whole,
+    write_rows,
+)
 
 # One sequence of the list: sequence, query_start, query_len, seq_len.
 SEQUENCE_FIELDS: tl.constexpr = tl.constexpr(4)
@@ -134,6 +143,7 @@ def decode_kernel(
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAIRED_VALUES: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -150,15 +160,9 @@ def decode_kernel(
     tiles_per_worker = tl.load(record + 8)
     line = worker * tiles_per_worker  # where this worker is on the line of tiles
 
-    if k_scale_ptr is not None:
-        k_scale = tl.load(k_scale_ptr)
-        if SOFTCAP:
-            cap_scale *= k_scale
-        else:
-            scale *= k_scale
-    v_scale = 1.0
-    if v_scale_ptr is not None:
-        v_scale = tl.load(v_scale_ptr)
+    layer_scales, v_scale = load_scales(
+        k_scale_ptr, v_scale_ptr, (scale, cap_scale), SOFTCAP
+    )
     dims = tl.arange(0, HEAD_PADDED)
 
     while remaining > 0:
@@ -172,12 +176,10 @@ def decode_kernel(
         head = kv_head * GROUP + group_head
         dims_valid = row_valid[:, None] & (dims < HEAD_SIZE)[None, :]
         offsets = row_offsets(query_start, token, head, query_strides, dims)
-        query = tl.load(query_ptr + offsets, mask=dims_valid, other=0.0)
-        state = (
-            tl.zeros([BLOCK_M, HEAD_PADDED], tl.float32),
-            tl.full([BLOCK_M], float("-inf"), tl.float32),
-            tl.zeros([BLOCK_M], tl.float32),
+        query, scales = load_query(
+            query_ptr, offsets, dims_valid, layer_scales, key_ptr.dtype.element_ty, SOFTCAP
         )
+        state = start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
         acc, row_max, row_sum = attend_tiles(
             state, query, seq_len - query_len + token,
             key_ptr + kv_head.to(tl.int64) * key_strides[2],
@@ -185,11 +187,12 @@ def decode_kernel(
             key_strides, value_strides,
             block_table_ptr + sequence.to(tl.int64) * block_table_stride,
             (first_tile + tile, first_tile + tile + num_tiles), (first_key, seq_len),
-            (scale, cap_scale), window,
+            scales, window,
             CAUSAL, WINDOWED, SOFTCAP, True, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
-            PRECISION,
+            PRECISION, PAIRED_VALUES,
         )  # fmt: skip
 
+        acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
         if num_tiles == row_tiles:
             write_rows(
                 output_ptr, lse_ptr, output_strides, lse_stride,

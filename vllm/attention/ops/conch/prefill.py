@@ -9,7 +9,16 @@ edge and at the sequence's end are masked; those between run without a mask.
 
 from vllm.triton_utils import tl, triton
 
-from .tile import attend_tiles, query_rows, row_offsets, write_rows
+from .tile import (
+    attend_tiles,
+    load_query,
+    load_scales,
+    query_rows,
+    row_offsets,
+    start_state,
+    whole,
+    write_rows,
+)
 
 # One work item: sequence (or -1), tile of rows, query_start, query_len, seq_len.
 ITEM_FIELDS: tl.constexpr = tl.constexpr(8)
@@ -84,6 +93,7 @@ def prefill_kernel(
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAIRED_VALUES: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -104,17 +114,13 @@ def prefill_kernel(
     dims = tl.arange(0, HEAD_PADDED)
     dims_valid = row_valid[:, None] & (dims < HEAD_SIZE)[None, :]
     offsets = row_offsets(query_start, token, head, query_strides, dims)
-    query = tl.load(query_ptr + offsets, mask=dims_valid, other=0.0)
+    scales, v_scale = load_scales(
+        k_scale_ptr, v_scale_ptr, (scale, cap_scale), SOFTCAP
+    )
+    query, scales = load_query(
+        query_ptr, offsets, dims_valid, scales, key_ptr.dtype.element_ty, SOFTCAP
+    )
 
-    if k_scale_ptr is not None:
-        k_scale = tl.load(k_scale_ptr)
-        if SOFTCAP:
-            cap_scale *= k_scale
-        else:
-            scale *= k_scale
-    v_scale = 1.0
-    if v_scale_ptr is not None:
-        v_scale = tl.load(v_scale_ptr)
 
     keys_range, first, full_first, full_end, end = key_tile_bounds(
         m_block, query_len, seq_len, window, PACK, BLOCK_M, TILE, CAUSAL, WINDOWED
@@ -123,32 +129,29 @@ def prefill_kernel(
     block_row = block_table_ptr + sequence.to(tl.int64) * block_table_stride
     key_ptr += kv_head.to(tl.int64) * key_strides[2]
     value_ptr += kv_head.to(tl.int64) * value_strides[2]
-    state = (
-        tl.zeros([BLOCK_M, HEAD_PADDED], tl.float32),
-        tl.full([BLOCK_M], float("-inf"), tl.float32),
-        tl.zeros([BLOCK_M], tl.float32),
-    )
+    state = start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
     # Left edge of the window, then whole tiles, then diagonal and end.
     if WINDOWED:
         state = attend_tiles(
             state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-            block_row, (first, full_first), keys_range, (scale, cap_scale), window,
+            block_row, (first, full_first), keys_range, scales, window,
             CAUSAL, WINDOWED, SOFTCAP, True, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
-            PRECISION,
+            PRECISION, PAIRED_VALUES,
         )  # fmt: skip
     state = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-        block_row, (full_first, full_end), keys_range, (scale, cap_scale), window,
+        block_row, (full_first, full_end), keys_range, scales, window,
         CAUSAL, WINDOWED, SOFTCAP, False, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
-        PRECISION,
+        PRECISION, PAIRED_VALUES,
     )  # fmt: skip
     acc, row_max, row_sum = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-        block_row, (full_end, end), keys_range, (scale, cap_scale), window,
+        block_row, (full_end, end), keys_range, scales, window,
         CAUSAL, WINDOWED, SOFTCAP, True, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
-        PRECISION,
+        PRECISION, PAIRED_VALUES,
     )  # fmt: skip
 
+    acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
     write_rows(
         output_ptr, lse_ptr, output_strides, lse_stride, acc, row_max, row_sum, v_scale,
         query_start, token, head, row_valid, HEAD_SIZE, HEAD_PADDED,

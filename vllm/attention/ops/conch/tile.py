@@ -32,7 +32,56 @@ def row_offsets(query_start, token, head, strides, dims):
 
 
 @triton.jit
-def load_tile(ptrs, keys_valid, dims_valid, MASK_KEYS: tl.constexpr, MASK_DIMS: tl.constexpr):
+def query_for_fp8(query):
+    """The query in fp16, divided by a power of two, and that power.
+
+    An fp8 key becomes fp16 in one instruction but bf16 in several slow ones. Divided
+    by the power of two below its largest magnitude, any query fits fp16 and loses
+    nothing that counts beside its largest element.
+    """
+    largest = tl.max(tl.max(tl.abs(query.to(tl.float32)), 1), 0)
+    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    power = tl.where((power > 0.0) & (power < float("inf")), power, 1.0)
+    return (query.to(tl.float32) / power).to(tl.float16), power
+
+
+@triton.jit
+def load_query(
+    query_ptr, offsets, mask, scales, KV_DTYPE: tl.constexpr, SOFTCAP: tl.constexpr
+):
+    """Query rows, 0 where masked, in the dtype of the products, and their scales."""
+    query = tl.load(query_ptr + offsets, mask=mask, other=0.0)
+    if KV_DTYPE != query.dtype and query.dtype == tl.bfloat16:
+        query, power = query_for_fp8(query)
+        scales = fold(scales, power, SOFTCAP)
+    return query, scales
+
+
+@triton.jit
+def fold(scales, factor, SOFTCAP: tl.constexpr):
+    """Takes a factor of the raw scores into (softmax scale, softcap's inner scale)."""
+    if SOFTCAP:
+        folded = (scales[0], scales[1] * factor)
+    else:
+        folded = (scales[0] * factor, scales[1])
+    return folded
+
+
+@triton.jit
+def load_scales(k_scale_ptr, v_scale_ptr, scales, SOFTCAP: tl.constexpr):
+    """The scales with the cache's k_scale in them, and its v_scale."""
+    v_scale = 1.0
+    if k_scale_ptr is not None:
+        scales = fold(scales, tl.load(k_scale_ptr), SOFTCAP)
+    if v_scale_ptr is not None:
+        v_scale = tl.load(v_scale_ptr)
+    return scales, v_scale
+
+
+@triton.jit
+def load_tile(
+    ptrs, keys_valid, dims_valid, MASK_KEYS: tl.constexpr, MASK_DIMS: tl.constexpr
+):
     """Loads a tile of K or V; what is masked reads as 0 whatever memory holds."""
     if MASK_KEYS and MASK_DIMS:
         return tl.load(ptrs, mask=keys_valid & dims_valid, other=0.0)
@@ -84,19 +133,79 @@ def page_and_slot(
 
 
 @triton.jit
-def attend_tiles(
-    state,  # acc [M, D], row_max [M], row_sum [M]
+def weigh_tile(
+    start,  # first key of the tile
+    row_max,  # [M]
+    row_sum,
     query,  # [M, D]
     position,  # [M] position of each row's token in its sequence
     key_ptr,  # this KV head, slot 0 of page 0
-    value_ptr,
+    page,
+    slot,
     key_strides,  # (page, slot, head)
-    value_strides,
-    block_row,  # this sequence's row of the block table
-    tiles,  # (first, end): tiles of TILE keys to visit
     keys_range,  # (first, end): keys outside are neither read nor weighed
     scales,  # (softmax scale in log2 units, softcap's inner scale)
     window,  # keys that a query sees, itself included
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+    TILE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Weights [M, TILE] of a tile of keys, and the new softmax state."""
+    dims = tl.arange(0, HEAD_PADDED)
+    keys = start + tl.arange(0, TILE)
+    valid = (keys >= keys_range[0]) & (keys < keys_range[1])
+    # K: [D, TILE]
+    offsets = page * key_strides[0] + slot * key_strides[1]
+    key = load_tile(
+        key_ptr + offsets[None, :] + dims[:, None],
+        valid[None, :],
+        (dims < HEAD_SIZE)[:, None],
+        MASKED,
+        HEAD_SIZE != HEAD_PADDED,
+    )
+    # scores: [M, TILE]
+    scores = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
+    if SOFTCAP:
+        scores = softcap(scores, scales[1])
+    if MASKED:
+        visible = valid[None, :]
+        if CAUSAL:
+            visible = visible & (keys[None, :] <= position[:, None])
+        if WINDOWED:
+            visible = visible & (keys[None, :] > position[:, None] - window)
+            if not CAUSAL:
+                visible = visible & (keys[None, :] < position[:, None] + window)
+        scores = tl.where(visible, scores, float("-inf"))
+    return softmax_step(scores, scales[0], row_max, row_sum, MASKED)
+
+
+@triton.jit
+def unpack_pairs(pairs, FP8: tl.constexpr, DTYPE: tl.constexpr):
+    """The even and the odd elements of fp8 pairs that were loaded as int16."""
+    even = (pairs & 0xFF).to(tl.int8).to(FP8, bitcast=True).to(DTYPE)
+    odd = (pairs >> 8).to(tl.int8).to(FP8, bitcast=True).to(DTYPE)
+    return even, odd
+
+
+@triton.jit
+def attend_tiles(
+    state,  # acc [M, D], row_max [M], row_sum [M]; see PAIRED_VALUES
+    query,
+    position,
+    key_ptr,
+    value_ptr,
+    key_strides,
+    value_strides,
+    block_row,  # this sequence's row of the block table
+    tiles,  # (first, end): tiles of TILE keys to visit
+    keys_range,
+    scales,
+    window,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -106,58 +215,90 @@ def attend_tiles(
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
+    PAIRED_VALUES: tl.constexpr,
 ):
-    """Attends a tile of query rows to consecutive tiles of keys."""
+    """Attends a tile of query rows to consecutive tiles of keys; see `weigh_tile`.
+
+    PAIRED_VALUES, for fp8: matrix units want keys side by side, which shared memory
+    can turn around for elements of 16 bits only. V is read in pairs of elements, and
+    acc is a pair of [M, D / 2], of the even and of the odd elements.
+    """
     acc, row_max, row_sum = state
-    dims = tl.arange(0, HEAD_PADDED)
-    dims_valid = dims < HEAD_SIZE
     MASK_DIMS: tl.constexpr = HEAD_SIZE != HEAD_PADDED
+    if PAIRED_VALUES:
+        even, odd = acc
+        dims = tl.arange(0, HEAD_PADDED // 2)
+        dims_valid = dims < HEAD_SIZE // 2
+        pair_ptr = value_ptr.to(tl.pointer_type(tl.int16))
+    else:
+        dims = tl.arange(0, HEAD_PADDED)
+        dims_valid = dims < HEAD_SIZE
     for tile in tl.range(tiles[0], tiles[1]):
         start = tile * TILE
-        keys = start + tl.arange(0, TILE)
-        valid = (keys >= keys_range[0]) & (keys < keys_range[1])
         page, slot = page_and_slot(
             block_row, start, keys_range, MASKED, BLOCK_SIZE, TILE
         )
-
-        # K: [D, TILE]
-        offsets = page * key_strides[0] + slot * key_strides[1]
-        key = load_tile(
-            key_ptr + offsets[None, :] + dims[:, None],
-            valid[None, :],
-            dims_valid[:, None],
-            MASKED,
-            MASK_DIMS,
-        )
-        # scores: [M, TILE]
-        scores = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
-        if SOFTCAP:
-            scores = softcap(scores, scales[1])
-        if MASKED:
-            visible = valid[None, :]
-            if CAUSAL:
-                visible = visible & (keys[None, :] <= position[:, None])
-            if WINDOWED:
-                visible = visible & (keys[None, :] > position[:, None] - window)
-                if not CAUSAL:
-                    visible = visible & (keys[None, :] < position[:, None] + window)
-            scores = tl.where(visible, scores, float("-inf"))
-        weights, decay, row_max, row_sum = softmax_step(
-            scores, scales[0], row_max, row_sum, MASKED
-        )
-        acc = acc * decay[:, None]
-
-        # V: [TILE, D]
-        offsets = page * value_strides[0] + slot * value_strides[1]
-        value = load_tile(
-            value_ptr + offsets[:, None] + dims[None, :],
-            valid[:, None],
-            dims_valid[None, :],
-            MASKED,
-            MASK_DIMS,
-        ).to(query.dtype)
-        acc = tl.dot(weights.to(query.dtype), value, acc, input_precision=PRECISION)
+        weights, decay, row_max, row_sum = weigh_tile(
+            start, row_max, row_sum, query, position, key_ptr, page, slot, key_strides,
+            keys_range, scales, window, CAUSAL, WINDOWED, SOFTCAP, MASKED, TILE,
+            HEAD_SIZE, HEAD_PADDED, PRECISION,
+        )  # fmt: skip
+        weights = weights.to(query.dtype)
+        keys = start + tl.arange(0, TILE)
+        valid = ((keys >= keys_range[0]) & (keys < keys_range[1]))[:, None]
+        # V: [TILE, D], or [TILE, D / 2] pairs
+        offsets = (page * value_strides[0] + slot * value_strides[1])[:, None]
+        if PAIRED_VALUES:
+            pairs = load_tile(
+                pair_ptr + offsets // 2 + dims[None, :],
+                valid,
+                dims_valid[None, :],
+                MASKED,
+                MASK_DIMS,
+            )
+            value, value_odd = unpack_pairs(
+                pairs, value_ptr.dtype.element_ty, query.dtype
+            )
+            even = tl.dot(weights, value, even * decay[:, None])
+            odd = tl.dot(weights, value_odd, odd * decay[:, None])
+        else:
+            value = load_tile(
+                value_ptr + offsets + dims[None, :],
+                valid,
+                dims_valid[None, :],
+                MASKED,
+                MASK_DIMS,
+            ).to(query.dtype)
+            acc = tl.dot(
+                weights, value, acc * decay[:, None], input_precision=PRECISION
+            )
+    if PAIRED_VALUES:
+        acc = (even, odd)
     return acc, row_max, row_sum
+
+
+@triton.jit
+def start_state(
+    BLOCK_M: tl.constexpr, HEAD_PADDED: tl.constexpr, PAIRED_VALUES: tl.constexpr
+):
+    """What `attend_tiles` starts from."""
+    if PAIRED_VALUES:
+        half = tl.zeros([BLOCK_M, HEAD_PADDED // 2], tl.float32)
+        acc = (half, half)
+    else:
+        acc = tl.zeros([BLOCK_M, HEAD_PADDED], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    return acc, row_max, tl.zeros([BLOCK_M], tl.float32)
+
+
+@triton.jit
+def whole(acc, BLOCK_M: tl.constexpr, HEAD_PADDED: tl.constexpr, PAIRED_VALUES: tl.constexpr):
+    """[M, D] accumulator of the state of `attend_tiles`."""
+    if PAIRED_VALUES:
+        joined = tl.reshape(tl.join(acc[0], acc[1]), [BLOCK_M, HEAD_PADDED])
+    else:
+        joined = acc
+    return joined
 
 
 @triton.jit

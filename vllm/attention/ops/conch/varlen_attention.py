@@ -182,6 +182,16 @@ def layer_key(tensor: torch.Tensor | None) -> tuple | None:
     return tensor.dtype, tensor.device, tensor.shape[1:], tensor.stride()
 
 
+def reads_pairs(query: TensorSpec, value_cache: TensorSpec) -> bool:
+    """Whether V, in fp8, can be read as pairs of elements."""
+    return (
+        value_cache.dtype in FP8_DTYPES
+        and query.dtype != torch.float32
+        and value_cache.shape[-1] % 2 == 0
+        and all(stride % 2 == 0 for stride in value_cache.strides[:-1])
+    )
+
+
 class Launches(NamedTuple):
     """How the kernels of one layer shape are launched."""
 
@@ -221,6 +231,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         CAUSAL=options.causal,
         WINDOWED=options.sliding_window is not None,
         SOFTCAP=options.softcap > 0,
+        PAIRED_VALUES=reads_pairs(specs["query"], specs["value_cache"]),
     )
     decode = Launch(
         decode_kernel,
