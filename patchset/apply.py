@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Puts CONCH into a vLLM tree and takes it out again.
 
-Everything is computed and checked in memory first; then all files are staged beside
-their targets and renamed into place, and any failure puts the old ones back. A record
+Everything is computed and checked in memory first; then all files are staged and
+renamed into place, and any failure puts the old ones back. A record
 in the tree (`.conch/`, or `conch/` inside an installed package's dist-info) holds
 upstream's originals and the hashes of what was written. So a second run finds nothing
 to do, a run after the overlay changed updates, and `revert` gives back every byte.
@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -144,8 +145,12 @@ class Plan:
         """Do it, wholly or not at all."""
         if not self.pending:
             return
-        with _Transaction() as transaction:
+        with _Transaction(self.record.directory / "staging") as transaction:
             _write(self, transaction)
+        if self.release is None:
+            for name in self.record.created:
+                _remove_empty(self.tree.root / name)
+            _remove_empty(self.record.directory)
 
 
 def plan_apply(tree: Tree, release: Release, *, overwrite: bool = False) -> Plan:
@@ -285,12 +290,6 @@ def _write(plan: Plan, transaction: "_Transaction") -> None:
     for path in stale:
         transaction.write(record.original_path(path), None)
     transaction.commit()
-    if plan.release is None:
-        for folder in (
-            record.directory,
-            *(tree.root / name for name in record.created),
-        ):
-            _remove_empty(folder)
 
 
 def _extend_record(
@@ -371,14 +370,15 @@ def _remove_empty(folder: Path) -> None:
 class _Transaction:
     """Writes and removals that all happen or none.
 
-    `write` only notes; `commit` stages every file beside its target, then renames one
-    after the other. Leaving the `with` block by an exception undoes what was done.
+    `write` only notes; `commit` stages every file, then renames one after the other
+    into place. Leaving the `with` block by an exception undoes what was done.
     """
 
-    def __init__(self):
+    def __init__(self, staging: Path):
+        """Take a folder of its own, on the file system of the targets."""
+        self._staging = staging
         self._steps: list[tuple[Path, bytes | None]] = []
-        self._staged: list[Path | None] = []
-        self._undo: list[tuple[Path, bytes | None, int | None]] = []
+        self._undo: list[tuple[Path, bytes | None, int]] = []
         self._made: list[Path] = []
 
     def __enter__(self) -> "_Transaction":
@@ -386,7 +386,13 @@ class _Transaction:
 
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None:
-            self._roll_back()
+            for path, content, mode in reversed(self._undo):
+                self._put(path, None if content is None else self._stage(content, mode))
+        shutil.rmtree(self._staging, ignore_errors=True)
+        if kind is not None:
+            for folder in reversed(self._made):
+                if folder.exists() and not any(folder.iterdir()):
+                    folder.rmdir()
 
     def write(self, path: Path, content: bytes | None) -> None:
         """Note a file's new content; None removes it."""
@@ -399,44 +405,42 @@ class _Transaction:
 
     def commit(self) -> None:
         """Do everything that was noted."""
-        for path, content in self._steps:
-            self._staged.append(None if content is None else self._stage(path, content))
-        for (path, _), staged in zip(self._steps, self._staged):
-            exists = path.exists()
-            old = path.read_bytes() if exists else None
-            mode = path.stat().st_mode & 0o777 if exists else None
-            self._undo.append((path, old, mode))
-            if staged is None:
-                path.unlink(missing_ok=True)
-            else:
-                os.replace(staged, path)
+        shutil.rmtree(self._staging, ignore_errors=True)  # of a run that was cut off
+        self._make(self._staging)
+        staged = [
+            None if content is None else self._stage(content, _mode(path))
+            for path, content in self._steps
+        ]
+        for (path, _), file in zip(self._steps, staged):
+            old = path.read_bytes() if path.exists() else None
+            self._undo.append((path, old, _mode(path)))
+            if file is not None:
+                self._make(path.parent)
+            self._put(path, file)
 
-    def _stage(self, path: Path, content: bytes) -> Path:
-        for folder in reversed(path.parents):
-            if not folder.exists():
-                folder.mkdir()
-                self._made.append(folder)
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o644 & ~_umask()
-        handle, name = tempfile.mkstemp(prefix=".conch-", dir=path.parent)
+    def _make(self, folder: Path) -> None:
+        for parent in (*reversed(folder.parents), folder):
+            if not parent.exists():
+                parent.mkdir()
+                self._made.append(parent)
+
+    def _stage(self, content: bytes, mode: int) -> Path:
+        handle, name = tempfile.mkstemp(dir=self._staging)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
         os.chmod(name, mode)
         return Path(name)
 
-    def _roll_back(self) -> None:
-        for path, content, mode in reversed(self._undo):
-            if content is None or mode is None:
-                path.unlink(missing_ok=True)
-                continue
-            staged = self._stage(path, content)
-            os.chmod(staged, mode)
+    def _put(self, path: Path, staged: Path | None) -> None:
+        if staged is None:
+            path.unlink(missing_ok=True)
+        else:
             os.replace(staged, path)
-        for staged_file in self._staged:
-            if staged_file is not None:
-                staged_file.unlink(missing_ok=True)
-        for folder in reversed(self._made):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+
+
+def _mode(path: Path) -> int:
+    """The permissions of a file, or those of a new one."""
+    return path.stat().st_mode & 0o777 if path.exists() else 0o644 & ~_umask()
 
 
 def _umask() -> int:

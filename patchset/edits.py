@@ -73,13 +73,13 @@ def apply_edits(source: str, edits: Sequence[Edit]) -> str:
             than the edit expects, or the code is there already.
 
     """
+    try:
+        module = cst.parse_module(source)
+    except cst.ParserSyntaxError as error:
+        raise EditError(edits[0], f"the file is no valid Python: {error}") from error
     for edit in edits:
-        try:
-            module = cst.parse_module(source)
-        except cst.ParserSyntaxError as error:
-            raise EditError(edit, f"the file is not valid Python: {error}") from error
-        source = _apply(module, edit).code
-    return source
+        module = _apply(module, edit)
+    return module.code
 
 
 def _apply(module: cst.Module, edit: Edit) -> cst.Module:
@@ -109,6 +109,22 @@ def _already_there(edit: Edit, what: str) -> EditError:
     )
 
 
+# What libcst calls the compound statements of `ast`; all others are simple.
+_KINDS = {
+    ast.AsyncFor: "For",
+    ast.AsyncFunctionDef: "FunctionDef",
+    ast.AsyncWith: "With",
+    ast.ClassDef: "ClassDef",
+    ast.For: "For",
+    ast.FunctionDef: "FunctionDef",
+    ast.If: "If",
+    ast.Match: "Match",
+    ast.Try: "Try",
+    ast.TryStar: "TryStar",
+    ast.While: "While",
+    ast.With: "With",
+}
+
 # Statements ---------------------------------------------------------------------
 
 
@@ -125,7 +141,7 @@ def _insert_statements(module: cst.Module, scope: cst.CSTNode, edit: Edit):
     if isinstance(new, ast.Assign | ast.AnnAssign):
         new.value = ast.Constant(...)  # there already, whatever its value
     targets = []
-    for statement in _statements(scope):
+    for statement in _statements(scope, (anchor, new)):
         tree = _parse_one(module.code_for_node(statement))
         if _matches(anchor, tree):
             targets.append(statement)
@@ -146,12 +162,15 @@ def _insert_statements(module: cst.Module, scope: cst.CSTNode, edit: Edit):
     return module.visit(Insert())
 
 
-def _statements(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
-    """Every statement inside a node, at any depth."""
+def _statements(
+    node: cst.CSTNode, patterns: Sequence[ast.AST]
+) -> Iterator[cst.CSTNode]:
+    """The statements inside a node, at any depth, that may match a pattern."""
+    kinds = {_KINDS.get(type(pattern), "SimpleStatementLine") for pattern in patterns}
     for child in node.children:
-        if isinstance(child, cst.SimpleStatementLine | cst.BaseCompoundStatement):
+        if type(child).__name__ in kinds:
             yield child
-        yield from _statements(child)
+        yield from _statements(child, patterns)
 
 
 def _parse_one(code: str) -> ast.AST:

@@ -3,7 +3,7 @@
 """What one release gets, computed in memory before anything is written."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from patchset.edits import Edit, EditError, apply_edits
@@ -43,23 +43,17 @@ def added_files(release: Release, *, package_only: bool = False) -> list[Change]
 
     """
     relocation = Relocation(release.relocate, release.imports)
-    found: dict[str, Change] = {}
-    # The release's own files come last: they are written for this release and stay
-    # as they are, and no two files may claim one path.
-    for base, moved in ((ROOT, True), (release.directory, False)):
-        for path in _files(base):
-            if package_only and not path.startswith("vllm/"):
-                continue
-            content = (base / path).read_bytes()
-            if moved:
-                content = _relocated(relocation, path, content)
-            target = relocation.path(path) if moved else path
-            if target in found:
-                raise PatchError(
-                    f"{base / path}: another overlay file goes to {target} already"
-                )
-            found[target] = Change(target, content, added=True)
-    return [found[path] for path in sorted(found)]
+    tops = OVERLAY[:1] if package_only else OVERLAY
+    common = {relocation.path(path): text for path, text in _files(ROOT, tops)}
+    # The release's own files are written for it and stay as they are.
+    own = dict(_files(release.directory, tops))
+    if both := sorted(set(common) & set(own)):
+        raise PatchError(
+            f"releases/{release.directory.name} has files that the overlay has too: "
+            f"{', '.join(both)}"
+        )
+    files = relocation.texts(common) | own
+    return [Change(path, files[path].encode(), added=True) for path in sorted(files)]
 
 
 def edited_files(release: Release, read: Callable[[str], bytes | None]) -> list[Change]:
@@ -92,22 +86,16 @@ def edited_files(release: Release, read: Callable[[str], bytes | None]) -> list[
     return changes
 
 
-def _relocated(relocation: Relocation, path: str, content: bytes) -> bytes:
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        return content
-    return relocation.text(relocation.path(path), text).encode()
-
-
-def _files(base: Path) -> Iterator[str]:
-    for top in OVERLAY:
-        for path in sorted((base / top).rglob("*")):
+def _files(base: Path, tops: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for top in tops:
+        for path in (base / top).rglob("*"):
             name = path.relative_to(base).as_posix()
             if (
                 path.is_file()
                 and not _IGNORED.intersection(path.parts)
-                and not name.endswith(".pyc")
                 and not name.startswith(EXCLUDED)
             ):
-                yield name
+                try:
+                    yield name, path.read_bytes().decode()
+                except UnicodeDecodeError as error:
+                    raise PatchError(f"{path}: the overlay holds text only") from error

@@ -16,16 +16,23 @@ want it.
 
 import re
 import subprocess
-import sys
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import libcst as cst
 from libcst.helpers import get_full_name_for_node_or_raise
+from ruff.__main__ import find_ruff_bin
 
 from patchset.errors import PatchError
 
-_RUFF_OPTIONS = ("--isolated", "--line-length=88", "--quiet")
-_RUFF_FIRST_PARTY = ("--config", 'lint.isort.known-first-party=["vllm","tests"]')
+_RUFF_OPTIONS = (
+    "--isolated",
+    "--no-cache",
+    "--quiet",
+    "--config=line-length=88",
+    '--config=lint.isort.known-first-party=["vllm", "tests"]',
+)
 
 
 class Relocation:
@@ -51,20 +58,33 @@ class Relocation:
                 return new + path[len(old) :]
         return path
 
-    def text(self, path: str, text: str) -> str:
-        """What a file of the overlay becomes."""
-        result = text
-        for pattern, new in self._mentions:
-            result = pattern.sub(new, result)
-        if path.endswith(".py"):
-            result = self._rewrite_imports(result)
-            if result != text:
-                result = _tidy(path, result)
-        return result
+    def texts(self, files: Mapping[str, str]) -> dict[str, str]:
+        """What the files of the overlay become.
 
-    def _rewrite_imports(self, text: str) -> str:
-        module = cst.parse_module(text)
-        return module.visit(_ImportRewriter(self)).code
+        Args:
+            files: text of each file, by the path where it lands.
+
+        """
+        moved = {path: self._move(path, text) for path, text in files.items()}
+        python = {
+            path: text
+            for path, text in moved.items()
+            if path.endswith(".py") and text != files[path]
+        }
+        return moved | _tidy(python)
+
+    def _move(self, path: str, text: str) -> str:
+        for pattern, new in self._mentions:
+            text = pattern.sub(new, text)
+        if path.endswith(".py") and self._splits_imports(text):
+            text = cst.parse_module(text).visit(_ImportRewriter(self)).code
+        return text
+
+    def _splits_imports(self, text: str) -> bool:
+        """Whether single names of some import may come from elsewhere."""
+        modules = {name.partition(":")[0] for name in self.imports}
+        modules |= {path.rpartition("/")[0].replace("/", ".") for path in self.paths}
+        return any(re.search(rf"\bfrom\s+{re.escape(m)}\s", text) for m in modules)
 
     def _module_of(self, module: str, name: str) -> str:
         """The module that a name imported from `module` comes from."""
@@ -116,25 +136,26 @@ class _ImportRewriter(cst.CSTTransformer):
         return cst.FlattenSentinel(lines)
 
 
-def _tidy(path: str, text: str) -> str:
+def _tidy(files: Mapping[str, str]) -> dict[str, str]:
     """Sort the imports and format, as upstream's hooks do."""
-    commands = (
-        ["check", "--select=I", "--fix", *_RUFF_FIRST_PARTY],
-        ["format"],
-    )
-    for command in commands:
-        result = subprocess.run(
-            [sys.executable, "-m", "ruff", *command, *_RUFF_OPTIONS]
-            + [f"--stdin-filename={path}", "-"],
-            input=text,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if result.returncode:
-            raise PatchError(
-                f"{path}: ruff {command[0]} failed after the imports were rewritten: "
-                f"{result.stderr.strip() or result.stdout.strip()}"
+    if not files:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="conch-") as folder:
+        for path, text in files.items():
+            file = Path(folder, path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        for arguments in (["check", "--select=I", "--fix"], ["format"]):
+            result = subprocess.run(
+                [find_ruff_bin(), *arguments, *_RUFF_OPTIONS, "."],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=False,
             )
-        text = result.stdout
-    return text
+            if result.returncode:
+                raise PatchError(
+                    f"ruff {arguments[0]} failed after the imports were rewritten:\n"
+                    + (result.stderr.strip() or result.stdout.strip())
+                )
+        return {path: Path(folder, path).read_text() for path in files}

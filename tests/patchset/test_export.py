@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The exported series, taken in by git as a reviewer would."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import Snapshot, snapshot
+
+from patchset.apply import plan_apply
+from patchset.cli import main
+from patchset.errors import PatchError
+from patchset.export import COVER_LETTER, export
+from patchset.trees import find_tree
+
+SIGNOFF = "Ada Example <ada@example.org>"
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Run git as a reviewer."""
+    who = ["-c", "user.name=Reviewer", "-c", "user.email=reviewer@example.org"]
+    result = subprocess.run(
+        ["git", *who, *arguments],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return result.stdout
+
+
+def content(folder: Path) -> Snapshot:
+    """Every file of a tree, but git's and the tool's own."""
+    return {
+        name: state
+        for name, state in snapshot(folder).items()
+        if name.split("/")[0] not in (".git", ".conch")
+    }
+
+
+def test_git_am_gives_what_apply_gives(full_tree, release, tmp_path):
+    *patches, cover = export(release, tmp_path / "patches", SIGNOFF)
+    assert [path.name[:4] for path in patches] == [
+        f"{number:04}" for number in range(1, len(patches) + 1)
+    ]
+    assert cover.name == COVER_LETTER
+    assert str(release.version) in cover.read_text()
+
+    reviewed = tmp_path / "reviewed"
+    full_tree.rename(reviewed)
+    git(reviewed, "init", "-q")
+    # .gitignore is upstream's, for a working copy; the release has ignored files too.
+    git(reviewed, "add", "--all", "--force")
+    git(reviewed, "commit", "-q", "-m", "the release")
+    git(reviewed, "am", "-q", "--keep-non-patch", *map(str, patches))
+    log = git(reviewed, "log", "--format=%an <%ae>%n%s%n%b", f"-{len(patches)}")
+    assert log.count(f"Signed-off-by: {SIGNOFF}") == len(patches)
+    assert "[Attention] Make CONCH selectable" in log
+
+    by_am = content(reviewed)
+    git(reviewed, "reset", "-q", "--hard", f"HEAD~{len(patches)}")
+    plan_apply(find_tree(reviewed), release).execute()
+    assert content(reviewed) == by_am
+
+
+def test_each_patch_has_one_concern(release, tmp_path):
+    patches = export(release, tmp_path, SIGNOFF)[:-1]
+    files = [
+        {
+            line.removeprefix("+++ b/")
+            for line in patch.read_text().splitlines()
+            if line.startswith("+++ b/")
+        }
+        for patch in patches
+    ]
+    edited = {edit.file for edit in release.edits}
+    assert sum(map(len, files)) == len(set().union(*files))
+    assert all("/ops/conch/" in name for name in files[0])
+    assert edited in files
+
+
+def test_older_patches_are_not_mixed_with_new_ones(release, tmp_path):
+    (tmp_path / "0007-old.patch").touch()
+    with pytest.raises(PatchError, match="has patches already: 0007-old.patch"):
+        export(release, tmp_path, SIGNOFF)
+
+
+@pytest.mark.parametrize("signoff", ["Ada", "Ada <ada>", "<ada@example.org>"])
+def test_a_signoff_without_name_and_mail_is_refused(release, tmp_path, signoff):
+    assert (
+        main(
+            [
+                "export",
+                str(release.version),
+                "--out",
+                str(tmp_path),
+                "--signoff",
+                (signoff),
+            ]
+        )
+        == 1
+    )
