@@ -27,7 +27,7 @@ LONG = 5000 if ON_GPU else 80
 committed = settings(
     derandomize=True,
     deadline=None,
-    max_examples=200 if ON_GPU else 120,
+    max_examples=200 if ON_GPU else 80,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
@@ -77,6 +77,7 @@ if not ON_GPU:
     st.sampled_from([0.0, 20.0]),
     st.sampled_from([1, 5]),
     st.sampled_from([1, 2, 5, 33]),
+    st.booleans(),
     st.integers(0, 2**16),
 )
 def test_random_batches(
@@ -89,6 +90,7 @@ def test_random_batches(
     softcap,
     decode_query_len,
     num_workers,
+    portable,
     seed,
 ):
     batch = make_batch(
@@ -103,6 +105,9 @@ def test_random_batches(
         seed=seed,
     )
     schedule = make_schedule(
-        batch, decode_query_len=decode_query_len, num_workers=num_workers
+        batch,
+        decode_query_len=decode_query_len,
+        num_workers=num_workers,
+        portable=portable,
     )
     check(batch, update(schedule, batch))

@@ -44,9 +44,8 @@ def test_precision_ladder(query_len, seq_len, logit_std, dtype):
     live = slice(batch.num_live_tokens)
     exact = batch.reference().output[live]
     plain = batch.reference(dtype).output[live].double()
-    # How far rounding a number near the output's to this dtype moves it.
-    ulp = (exact.to(dtype).double() + 0.3 - 0.3 - exact).abs().max()
-    ulp = ulp + ((exact.to(dtype) + 0.3 - 0.3).double() - exact).abs().max()
+    rounded = exact.to(dtype)
+    ulp = 2 * ((rounded + 0.3 - 0.3) - rounded).double().abs().max()
     bound = 2 * (plain - exact).abs().max() + ulp
     assert_close("output", output, exact, bound.expand_as(exact))
 

@@ -23,8 +23,11 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     attend,
     call,
     check,
+    gpu_only,
     make_batch,
+    make_schedule,
     poisoned_scratch,
+    update,
 )
 from tests.kernels.attention.conch_reference import LAYOUTS, SENTINEL
 
@@ -88,7 +91,6 @@ def test_head_ratios(num_query_heads, num_kv_heads, lengths):
             lengths,
             num_query_heads=num_query_heads,
             num_kv_heads=num_kv_heads,
-            head_size=16,
             dtype=HALF_DTYPES[-1],
         )
     )
@@ -115,7 +117,6 @@ def test_page_sizes(page, query_len):
             [(query_len, page - 1), (1, page), (query_len, page + 1), (1, 1)],
             num_query_heads=2,
             num_kv_heads=1,
-            head_size=16,
             block_size=page,
             dtype=HALF_DTYPES[-1],
         )
@@ -184,7 +185,7 @@ def far_apart(*tensors: torch.Tensor, stride: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("query_len", [1, 20])
 @pytest.mark.parametrize("stride", [2**30 + 4096, 2**31 + 4096])
 def test_pages_beyond_int32(stride, query_len):
-    batch = make_batch([(query_len, 40)], dtype=torch.float16, head_size=16)
+    batch = make_batch([(query_len, 40)], dtype=torch.float16)
     pages, order = batch.block_table[0, :3].long(), torch.tensor([1, 2, 0])
     caches = (cache[pages[order]] for cache in (batch.key_cache, batch.value_cache))
     batch.key_cache, batch.value_cache = far_apart(*caches, stride=stride)
@@ -275,6 +276,7 @@ def test_fp8_cache_decodes_every_value(kv_dtype):
         [(1, 1)] * len(values),
         num_query_heads=1,
         num_kv_heads=1,
+        head_size=32,
         dtype=torch.float16,
         kv_dtype=kv_dtype,
     )
@@ -324,3 +326,26 @@ def test_max_query_len_is_only_an_upper_bound():
         batch = make_batch([(3, 20), (1, 30), (12, 12)])
         batch.max_query_len = bound
         check(batch)
+
+
+@gpu_only
+@pytest.mark.parametrize("portable", [True, False])
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_size": 128},
+        {"block_size": 64, "layout": "packed_HND", "padding": 0},
+        {"block_size": 16, "num_query_heads": 7, "num_kv_heads": 1},
+        {"block_size": 48, "num_query_heads": 8, "num_kv_heads": 8},
+        {"block_size": 128, "sliding_window": 200},
+        {"block_size": 16, "sliding_window": 100, "causal": False},
+        {"block_size": 64, "softcap": 20.0, "logit_std": 10.0},
+        {"block_size": 64, "kv_dtype": KV_FP8_DTYPES[0], "v_scale": 2.0},
+    ],
+    ids=str,
+)
+def test_long_batches_on_every_kernel(options, head_size, portable):
+    lengths = [(1000, 1000), (1, 1500), (300, 2011), (0, 0), (129, 129), (700, 13)]
+    batch = make_batch(lengths, head_size=head_size, dtype=HALF_DTYPES[-1], **options)
+    check(batch, update(make_schedule(batch, portable=portable), batch))
