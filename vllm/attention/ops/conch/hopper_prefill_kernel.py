@@ -6,12 +6,12 @@ warpgroups, persistent over a work list.
 Every consumer owns 64 rows of a query tile and keeps their scores, probabilities
 and output in registers. Its loop over key tiles, last tile first, is pipelined by
 one: Q.K of a tile is issued together with P.V of the tile before it, and the softmax
-of the new scores runs while the tensor cores still work on P.V. Named barriers let
-the consumers issue in turns, so that one computes its softmax under the matrix work
-of the other. The producer follows the block table and feeds K and V through two rings
+of the new scores runs while the tensor cores still work on P.V, its own or that of
+another consumer. Making the consumers take turns, as FlashAttention-3 does, was slower
+at every head size but 256 (1% faster there). The producer follows the block table and feeds K and V through two rings
 of shared memory with TMA, already for the next item while this one is being finished.
 
-The schedule (asynchronous pairs of products, turns, setmaxnreg) is that of
+The schedule (asynchronous pairs of products, setmaxnreg) is that of
 FlashAttention-3, https://arxiv.org/abs/2407.08608; the code is not.
 """
 
@@ -37,10 +37,8 @@ from .hopper_tiles import (
     visible_keys,
 )
 
-# Named barriers 0 to 4 are the compiler's; the consumers' turns start here.
-FIRST_TURN_BARRIER = gl.constexpr(8)
-WARPGROUP_THREADS = gl.constexpr(128)
 LN2 = gl.constexpr(0.6931471805599453)
+LOG2E = gl.constexpr(1.4426950408889634)
 
 
 # --------------------------------------------------------------- producer
@@ -60,11 +58,13 @@ def load_page_ids(cfg, pages, last_page, first_key):
 @gluon.jit
 def load_tile(cfg, desc, ring, full, free, count, pages, last_page, kv_head, tile):
     """Fetch key tile `tile` into the ring's next slot, one TMA box per page piece
-    and panel."""
+    and panel. Columns past the head are 0 in the last panel and unset after it, where
+    they only reach output columns that are not stored."""
     slot = count % cfg.STAGES
-    PANELS: gl.constexpr = cfg.HEAD_SIZE // PANEL
+    PANELS: gl.constexpr = cfg.PADDED // PANEL
+    LOADED: gl.constexpr = (cfg.HEAD_SIZE + PANEL - 1) // PANEL
     BOXES: gl.constexpr = cfg.BLOCK_N // cfg.BOX
-    tile_bytes: gl.constexpr = cfg.BLOCK_N * cfg.HEAD_SIZE * 2
+    tile_bytes: gl.constexpr = cfg.BLOCK_N * LOADED * PANEL * 2
     panels = ring._reinterpret(
         ring.dtype, [cfg.STAGES * PANELS, cfg.BLOCK_N, PANEL], cfg.KV_LAYOUT
     )
@@ -74,7 +74,7 @@ def load_tile(cfg, desc, ring, full, free, count, pages, last_page, kv_head, til
     mbarrier.expect(full.index(slot), tile_bytes)
     for box in gl.static_range(BOXES):
         key = first_key + box * cfg.BOX
-        for panel in gl.static_range(PANELS):
+        for panel in gl.static_range(LOADED):
             rows = panels.index(slot * PANELS + panel).slice(box * cfg.BOX, cfg.BOX)
             tma.async_copy_global_to_shared(
                 desc,
@@ -87,8 +87,9 @@ def load_tile(cfg, desc, ring, full, free, count, pages, last_page, kv_head, til
 @gluon.jit
 def load_queries(cfg, rings, q_desc, item, phase):
     head = item.head_tile * cfg.PACK
-    PANELS: gl.constexpr = cfg.HEAD_SIZE // PANEL
-    q_bytes: gl.constexpr = CONSUMER_ROWS * cfg.HEAD_SIZE * 2
+    PANELS: gl.constexpr = cfg.PADDED // PANEL
+    LOADED: gl.constexpr = (cfg.HEAD_SIZE + PANEL - 1) // PANEL
+    q_bytes: gl.constexpr = CONSUMER_ROWS * LOADED * PANEL * 2
     panels = rings.q._reinterpret(
         rings.q.dtype, [cfg.CONSUMERS * PANELS, CONSUMER_ROWS, PANEL], cfg.KV_LAYOUT
     )
@@ -96,7 +97,7 @@ def load_queries(cfg, rings, q_desc, item, phase):
         row = item.tile * cfg.BLOCK_M + c * CONSUMER_ROWS
         mbarrier.wait(rings.q_free.index(c), phase ^ 1)
         mbarrier.expect(rings.q_full.index(c), q_bytes)
-        for panel in gl.static_range(PANELS):
+        for panel in gl.static_range(LOADED):
             tma.async_copy_global_to_shared(
                 q_desc,
                 [item.q_start + row // cfg.PACK, head, panel * PANEL],
@@ -143,41 +144,36 @@ def producer(cfg, batch, rings, q_desc, k_desc, v_desc):
 # --------------------------------------------------------------- consumer
 
 
-@gluon.constexpr_function
-def barrier_asm(action, barrier, threads):
-    return f"bar.{action} {barrier}, {threads}; mov.b32 $0, $1;"
-
-
-@gluon.jit
-def named_barrier(ACTION: gl.constexpr, BARRIER: gl.constexpr, THREADS: gl.constexpr):
-    """`bar.sync` or `bar.arrive`; the value only gives the assembly an operand."""
-    ASM: gl.constexpr = barrier_asm(ACTION, BARRIER, THREADS)
-    gl.inline_asm_elementwise(ASM, "=r,r", [0], gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def await_turn(cfg, CONSUMER: gl.constexpr):
-    if cfg.TURNS:
-        named_barrier("sync", FIRST_TURN_BARRIER + CONSUMER, 2 * WARPGROUP_THREADS)
-
-
-@gluon.jit
-def pass_turn(cfg, CONSUMER: gl.constexpr):
-    if cfg.TURNS:
-        NEXT: gl.constexpr = (CONSUMER + 1) % cfg.CONSUMERS
-        named_barrier("arrive", FIRST_TURN_BARRIER + NEXT, 2 * WARPGROUP_THREADS)
-
-
 @gluon.jit
 def issue_scores(cfg, rings, CONSUMER: gl.constexpr, slot):
-    """Start S = Q K^T.  Q: [64, HEAD_SIZE], K: [BLOCK_N, HEAD_SIZE]"""
-    return warpgroup_mma(
-        rings.q.index(CONSUMER),
-        rings.k.index(slot).permute((1, 0)),
-        gl.zeros([CONSUMER_ROWS, cfg.BLOCK_N], gl.float32, cfg.S_LAYOUT),
-        use_acc=False,
-        is_async=True,
-    )
+    """Start S = Q K^T.  Q: [64, PADDED], K: [BLOCK_N, PADDED]"""
+    q = rings.q.index(CONSUMER)
+    k = rings.k.index(slot)
+    s = gl.zeros([CONSUMER_ROWS, cfg.BLOCK_N], gl.float32, cfg.S_LAYOUT)
+    for i in gl.static_range(len(cfg.CHUNKS)):
+        s = warpgroup_mma(
+            q.slice(cfg.CHUNKS[i][0], cfg.CHUNKS[i][1], dim=1),
+            k.slice(cfg.CHUNKS[i][0], cfg.CHUNKS[i][1], dim=1).permute((1, 0)),
+            s,
+            use_acc=i > 0,
+            is_async=True,
+        )
+    return s
+
+
+@gluon.jit
+def cap_scores(cfg, batch, s):
+    """tanh(s * scale / softcap); the factor softcap is part of scale_log2.
+    s: [64, BLOCK_N]"""
+    if cfg.SOFTCAP == "exp2":
+        return 1.0 - 2.0 / (gl.exp2(s * (batch.cap_scale * (2.0 * LOG2E))) + 1.0)
+    elif cfg.SOFTCAP == "approx":
+        x = s * batch.cap_scale
+        return gl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1
+        )
+    else:
+        return s
 
 
 @gluon.jit
@@ -233,7 +229,7 @@ def softmax_step(cfg, s, row_max, scale_log2, MASKED: gl.constexpr):
 @gluon.jit
 def zero_rows(cfg, tile, first):
     """Clear rows [first, BLOCK_N) of a V tile: a probability of 0 does not silence
-    a NaN that an unused slot may hold.  tile: [BLOCK_N, HEAD_SIZE]"""
+    a NaN that an unused slot may hold.  tile: [BLOCK_N, PADDED]"""
     ROWS: gl.constexpr = 16
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     for start in gl.static_range(0, cfg.BLOCK_N, ROWS):
@@ -252,21 +248,20 @@ def consume_tile(
 ):  # fmt: skip
     """S of tile `tile` beside P.V of the tile before, then the softmax of S.
 
-    acc: [64, HEAD_SIZE] without the last tile, p: [64, BLOCK_N] of the last tile,
+    acc: [64, PADDED] without the last tile, p: [64, BLOCK_N] of the last tile,
     row_max, row_sum: [64] with it.
     """
     slot = count % cfg.STAGES
     v_slot = (count - 1) % cfg.STAGES
     v_phase = (count - 1) // cfg.STAGES % 2
     mbarrier.wait(rings.k_full.index(slot), count // cfg.STAGES % 2)
-    await_turn(cfg, CONSUMER)
     s = issue_scores(cfg, rings, CONSUMER, slot)
     operand = to_operand(cfg, p, rings.v.dtype)
     mbarrier.wait(rings.v_full.index(v_slot), v_phase)
     acc = warpgroup_mma(operand, rings.v.index(v_slot), acc, is_async=True)
-    pass_turn(cfg, CONSUMER)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(rings.k_free.index(slot))
+    s = cap_scores(cfg, batch, s)
     if MASKED:
         s = mask_scores(cfg, batch, item, s, CONSUMER * CONSUMER_ROWS, tile)
     p_next, decay, row_max = softmax_step(cfg, s, row_max, batch.scale_log2, MASKED)
@@ -292,6 +287,7 @@ def first_tile(cfg, batch, rings, item, CONSUMER: gl.constexpr, tile, count):
     s = issue_scores(cfg, rings, CONSUMER, slot)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(rings.k_free.index(slot))
+    s = cap_scores(cfg, batch, s)
     s = mask_scores(cfg, batch, item, s, CONSUMER * CONSUMER_ROWS, tile)
     LAYOUT: gl.constexpr = gl.SliceLayout(1, cfg.S_LAYOUT)
     none = gl.full([CONSUMER_ROWS], float("-inf"), gl.float32, LAYOUT)
@@ -305,20 +301,23 @@ def first_tile(cfg, batch, rings, item, CONSUMER: gl.constexpr, tile, count):
 
 @gluon.jit
 def store_rows(cfg, batch, item, CONSUMER: gl.constexpr, acc, row_sum):
-    """Write a consumer's rows that are queries of the sequence.  acc: [64, D]"""
+    """Write a consumer's rows that are queries of the sequence.  acc: [64, PADDED]"""
     total = gl.convert_layout(row_sum, gl.SliceLayout(1, cfg.O_LAYOUT))
     inverse = gl.where(total > 0.0, 1.0 / total, 0.0)
     out = (acc * gl.expand_dims(inverse, 1)).to(batch.output.dtype.element_ty)
     out = gl.convert_layout(out, cfg.STORE_LAYOUT)
     rows = item.tile * cfg.BLOCK_M + CONSUMER * CONSUMER_ROWS
     rows += gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, cfg.STORE_LAYOUT))
-    columns = gl.arange(0, cfg.HEAD_SIZE, gl.SliceLayout(0, cfg.STORE_LAYOUT))
+    columns = gl.arange(0, cfg.PADDED, gl.SliceLayout(0, cfg.STORE_LAYOUT))
     token = rows // cfg.PACK
     head = item.head_tile * cfg.PACK + rows % cfg.PACK
     offsets = (item.q_start + token).to(gl.int64) * batch.output_token_stride
     offsets += head * batch.output_head_stride
     pointers = batch.output + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
-    gl.store(pointers, out, mask=gl.expand_dims(token < item.query_len, 1))
+    mask = gl.expand_dims(token < item.query_len, 1)
+    if cfg.HEAD_SIZE != cfg.PADDED:
+        mask = mask & gl.expand_dims(columns < cfg.HEAD_SIZE, 0)
+    gl.store(pointers, out, mask=mask)
 
 
 @gluon.jit
@@ -338,61 +337,88 @@ def store_lse(cfg, batch, lse, item, CONSUMER: gl.constexpr, row_max, row_sum):
 
 
 @gluon.jit
-def consumer(cfg, batch, rings, lse, CONSUMER: gl.constexpr):
+def attend(
+    cfg, batch, rings, lse, CONSUMER: gl.constexpr, item, begin, end, count, turn
+):
+    """A consumer's rows of an item. Returns its next item, and the count of key tiles
+    used so far."""
     FIRST_ROW: gl.constexpr = CONSUMER * CONSUMER_ROWS
-    if CONSUMER == cfg.CONSUMERS - 1:
-        pass_turn(cfg, CONSUMER)
-    turn = 0
-    count = 0  # key tiles used so far
-    item = load_item(cfg, batch, turn)
-    while item.seq >= 0:
-        begin, end = tile_range(cfg, batch, item)
-        full_begin, full_end = unmasked_range(cfg, batch, item, FIRST_ROW, begin, end)
-        mbarrier.wait(rings.q_full.index(CONSUMER), turn % 2)
-        p, row_max, row_sum = first_tile(
-            cfg, batch, rings, item, CONSUMER, end - 1, count
-        )
-        acc = gl.zeros([CONSUMER_ROWS, cfg.HEAD_SIZE], gl.float32, cfg.O_LAYOUT)
-        for tile in range(end - 2, full_end - 1, -1):
+    full_begin, full_end = unmasked_range(cfg, batch, item, FIRST_ROW, begin, end)
+    p, row_max, row_sum = first_tile(cfg, batch, rings, item, CONSUMER, end - 1, count)
+    acc = gl.zeros([CONSUMER_ROWS, cfg.PADDED], gl.float32, cfg.O_LAYOUT)
+    for tile in range(end - 2, full_end - 1, -1):
+        count += 1
+        acc, p, row_max, row_sum = consume_tile(
+            cfg, batch, rings, item, CONSUMER, True, tile, count, acc, p,
+            row_max, row_sum,
+        )  # fmt: skip
+    for tile in range(full_end - 1, full_begin - 1, -1):
+        count += 1
+        acc, p, row_max, row_sum = consume_tile(
+            cfg, batch, rings, item, CONSUMER, False, tile, count, acc, p,
+            row_max, row_sum,
+        )  # fmt: skip
+    if cfg.WINDOWED:
+        for tile in range(full_begin - 1, begin - 1, -1):
             count += 1
             acc, p, row_max, row_sum = consume_tile(
                 cfg, batch, rings, item, CONSUMER, True, tile, count, acc, p,
                 row_max, row_sum,
             )  # fmt: skip
-        for tile in range(full_end - 1, full_begin - 1, -1):
-            count += 1
-            acc, p, row_max, row_sum = consume_tile(
-                cfg, batch, rings, item, CONSUMER, False, tile, count, acc, p,
-                row_max, row_sum,
-            )  # fmt: skip
-        if cfg.WINDOWED:
-            for tile in range(full_begin - 1, begin - 1, -1):
-                count += 1
-                acc, p, row_max, row_sum = consume_tile(
-                    cfg, batch, rings, item, CONSUMER, True, tile, count, acc, p,
-                    row_max, row_sum,
-                )  # fmt: skip
-        mbarrier.arrive(rings.q_free.index(CONSUMER))
+    mbarrier.arrive(rings.q_free.index(CONSUMER))
+    slot = count % cfg.STAGES
+    next_item = load_item(cfg, batch, turn)  # its latency passes under P.V
+    mbarrier.wait(rings.v_full.index(slot), count // cfg.STAGES % 2)
+    operand = to_operand(cfg, p, rings.v.dtype)
+    acc = warpgroup_mma(operand, rings.v.index(slot), acc)
+    mbarrier.arrive(rings.v_free.index(slot))
+    store_rows(cfg, batch, item, CONSUMER, acc, row_sum)
+    if lse is not None:
+        store_lse(cfg, batch, lse, item, CONSUMER, row_max, row_sum)
+    return next_item, count + 1
+
+
+@gluon.jit
+def pass_over(cfg, rings, count, tiles):
+    """Give back key tiles that a consumer has no use for: all its rows are past the
+    sequence's queries. Returns the count of key tiles used so far."""
+    for _ in range(tiles):
         slot = count % cfg.STAGES
-        mbarrier.wait(rings.v_full.index(slot), count // cfg.STAGES % 2)
-        operand = to_operand(cfg, p, rings.v.dtype)
-        acc = warpgroup_mma(operand, rings.v.index(slot), acc)
+        phase = count // cfg.STAGES % 2
+        mbarrier.wait(rings.k_full.index(slot), phase)
+        mbarrier.arrive(rings.k_free.index(slot))
+        mbarrier.wait(rings.v_full.index(slot), phase)
         mbarrier.arrive(rings.v_free.index(slot))
         count += 1
-        store_rows(cfg, batch, item, CONSUMER, acc, row_sum)
-        if lse is not None:
-            store_lse(cfg, batch, lse, item, CONSUMER, row_max, row_sum)
+    return count
+
+
+@gluon.jit
+def consumer(cfg, batch, rings, lse, CONSUMER: gl.constexpr):
+    FIRST_ROW: gl.constexpr = CONSUMER * CONSUMER_ROWS
+    turn = 0
+    count = 0  # key tiles used so far
+    item = load_item(cfg, batch, turn)
+    while item.seq >= 0:
+        begin, end = tile_range(cfg, batch, item)
+        first_token = (item.tile * cfg.BLOCK_M + FIRST_ROW) // cfg.PACK
+        mbarrier.wait(rings.q_full.index(CONSUMER), turn % 2)
         turn += 1
-        item = load_item(cfg, batch, turn)
-    if CONSUMER == 0:
-        await_turn(cfg, CONSUMER)  # takes back the turn that nobody will use
+        if first_token < item.query_len:
+            item, count = attend(
+                cfg, batch, rings, lse, CONSUMER, item, begin, end, count, turn
+            )
+        else:
+            mbarrier.arrive(rings.q_free.index(CONSUMER))
+            count = pass_over(cfg, rings, count, end - begin)
+            item = load_item(cfg, batch, turn)
 
 
 # ----------------------------------------------------------------- kernel
 
 
 @gluon.jit(
-    do_not_specialize=["max_items", "block_table_stride", "window"],
+    do_not_specialize=["max_items", "long_seq", "block_table_stride", "window"],
 )
 def hopper_prefill_kernel(
     q_desc,  # [num_tokens, num_query_heads, HEAD_SIZE], box [64 / PACK, PACK, 64]
@@ -405,8 +431,10 @@ def hopper_prefill_kernel(
     output_token_stride,
     output_head_stride,
     max_items,
+    long_seq,
     block_table_stride,
     scale_log2,
+    cap_scale,
     window,
     HEAD_SIZE: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -418,21 +446,22 @@ def hopper_prefill_kernel(
     STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
     WINDOWED: gl.constexpr,
-    TURNS: gl.constexpr,
+    SOFTCAP: gl.constexpr,
     NARROW_P: gl.constexpr,
+    ROW_BLOCK: gl.constexpr,
 ):
     BOX: gl.constexpr = k_desc.block_shape[1]
     cfg = Config(
         HEAD_SIZE, BLOCK_N, PAGE, BOX, GROUP, PACK, HEAD_TILES, CONSUMERS, STAGES,
-        CAUSAL, WINDOWED, TURNS, NARROW_P,
+        CAUSAL, WINDOWED, SOFTCAP, NARROW_P, ROW_BLOCK,
     )  # fmt: skip
     batch = Batch(
-        output, output_token_stride, output_head_stride, work, max_items, block_table,
-        block_table_stride, scale_log2, window,
+        output, output_token_stride, output_head_stride, work, max_items, long_seq,
+        block_table, block_table_stride, scale_log2, cap_scale, window,
     )  # fmt: skip
     rings = make_rings(cfg, k_desc.dtype)
     # Three warpgroups share 504 registers a thread lane, four 512.
-    CONSUMER_REGISTERS: gl.constexpr = 232 if HEAD_SIZE == 64 else 240
+    CONSUMER_REGISTERS: gl.constexpr = 232 if cfg.PADDED == 64 else 240
     if CONSUMERS == 2:
         gl.warp_specialize(
             [

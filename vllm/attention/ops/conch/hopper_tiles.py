@@ -39,11 +39,39 @@ def store_layout(columns):
     )
 
 
+@gluon.constexpr_function
+def padded_head(head_size):
+    """Columns of a tile in shared memory and registers: a power of two."""
+    return max(PANEL.value, 1 << (head_size - 1).bit_length())
+
+
+@gluon.constexpr_function
+def score_chunks(head_size):
+    """Column ranges (start, width) whose products add up to Q.K: powers of two that
+    start at panels and leave out most of the padding."""
+    tail = head_size % PANEL.value
+    tail = next((w for w in (16, 32) if 0 < tail <= w), 0)
+    panels = head_size // PANEL.value
+    if not tail:
+        panels = (head_size + PANEL.value - 1) // PANEL.value
+    chunks = []
+    start = 0
+    for width in (4, 2, 1):
+        if panels & width:
+            chunks.append((start, width * PANEL.value))
+            start += width * PANEL.value
+    if tail:
+        chunks.append((start, tail))
+    return chunks
+
+
 @aggregate
 class Config:
     """What one compiled kernel is made for."""
 
     HEAD_SIZE: gl.constexpr
+    PADDED: gl.constexpr
+    CHUNKS: gl.constexpr
     BLOCK_N: gl.constexpr
     PAGE: gl.constexpr
     BOX: gl.constexpr
@@ -54,8 +82,9 @@ class Config:
     STAGES: gl.constexpr
     CAUSAL: gl.constexpr
     WINDOWED: gl.constexpr
-    TURNS: gl.constexpr
+    SOFTCAP: gl.constexpr
     NARROW_P: gl.constexpr
+    ROW_BLOCK: gl.constexpr
     BLOCK_M: gl.constexpr
     S_LAYOUT: gl.constexpr
     O_LAYOUT: gl.constexpr
@@ -77,10 +106,14 @@ class Config:
         stages,
         causal,
         windowed,
-        turns,
+        softcap,
         narrow_p,
+        row_block,
     ):
+        padded = padded_head(head_size)
         self.HEAD_SIZE = gl.constexpr(head_size)
+        self.PADDED = gl.constexpr(padded)
+        self.CHUNKS = gl.constexpr(score_chunks(head_size))
         self.BLOCK_N = gl.constexpr(block_n)
         self.PAGE = gl.constexpr(page)
         self.BOX = gl.constexpr(box)
@@ -91,16 +124,17 @@ class Config:
         self.STAGES = gl.constexpr(stages)
         self.CAUSAL = gl.constexpr(causal)
         self.WINDOWED = gl.constexpr(windowed)
-        self.TURNS = gl.constexpr(turns)
+        self.SOFTCAP = gl.constexpr(softcap)
         self.NARROW_P = gl.constexpr(narrow_p)
+        self.ROW_BLOCK = gl.constexpr(row_block)
         self.BLOCK_M = gl.constexpr(64 * consumers)
         self.S_LAYOUT = gl.constexpr(wgmma_layout(block_n))
-        self.O_LAYOUT = gl.constexpr(wgmma_layout(head_size))
+        self.O_LAYOUT = gl.constexpr(wgmma_layout(padded))
         self.P_LAYOUT = gl.constexpr(
-            gl.DotOperandLayout(0, wgmma_layout(head_size), k_width=2)
+            gl.DotOperandLayout(0, wgmma_layout(padded), k_width=2)
         )
         self.KV_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
-        self.STORE_LAYOUT = gl.constexpr(store_layout(head_size))
+        self.STORE_LAYOUT = gl.constexpr(store_layout(padded))
 
 
 @aggregate
@@ -112,9 +146,11 @@ class Batch:
     output_head_stride: gl.tensor
     work: gl.tensor  # [max_items, ITEM_FIELDS] int32
     max_items: gl.tensor
+    long_seq: gl.tensor  # keys from which a sequence is long, for ROW_BLOCK
     block_table: gl.tensor  # [num_seqs, max_blocks] int32
     block_table_stride: gl.tensor
-    scale_log2: gl.tensor  # softmax scale * log2(e)
+    scale_log2: gl.tensor  # of a (capped) score: log2(e) and scale or softcap
+    cap_scale: gl.tensor  # scale / softcap; unused if not SOFTCAP
     window: gl.tensor  # keys a query sees, itself included; unused if not WINDOWED
 
     @gluon.constexpr_function
@@ -125,9 +161,11 @@ class Batch:
         output_head_stride,
         work,
         max_items,
+        long_seq,
         block_table,
         block_table_stride,
         scale_log2,
+        cap_scale,
         window,
     ):
         self.output = output
@@ -135,9 +173,11 @@ class Batch:
         self.output_head_stride = output_head_stride
         self.work = work
         self.max_items = max_items
+        self.long_seq = long_seq
         self.block_table = block_table
         self.block_table_stride = block_table_stride
         self.scale_log2 = scale_log2
+        self.cap_scale = cap_scale
         self.window = window
 
 
@@ -145,9 +185,9 @@ class Batch:
 class Rings:
     """Shared memory, and the barriers that say full or free."""
 
-    q: gl.shared_memory_descriptor  # [CONSUMERS, 64, HEAD_SIZE]
-    k: gl.shared_memory_descriptor  # [STAGES, BLOCK_N, HEAD_SIZE]
-    v: gl.shared_memory_descriptor  # [STAGES, BLOCK_N, HEAD_SIZE]
+    q: gl.shared_memory_descriptor  # [CONSUMERS, 64, PADDED]
+    k: gl.shared_memory_descriptor  # [STAGES, BLOCK_N, PADDED]
+    v: gl.shared_memory_descriptor  # [STAGES, BLOCK_N, PADDED]
     q_full: gl.shared_memory_descriptor
     q_free: gl.shared_memory_descriptor
     k_full: gl.shared_memory_descriptor
@@ -200,8 +240,8 @@ def make_barriers(NUM: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def make_rings(cfg, dtype: gl.constexpr):
-    kv_shape: gl.constexpr = [cfg.STAGES, cfg.BLOCK_N, cfg.HEAD_SIZE]
-    q_shape: gl.constexpr = [cfg.CONSUMERS, CONSUMER_ROWS, cfg.HEAD_SIZE]
+    kv_shape: gl.constexpr = [cfg.STAGES, cfg.BLOCK_N, cfg.PADDED]
+    q_shape: gl.constexpr = [cfg.CONSUMERS, CONSUMER_ROWS, cfg.PADDED]
     return Rings(
         gl.allocate_shared_memory(dtype, q_shape, cfg.KV_LAYOUT),
         gl.allocate_shared_memory(dtype, kv_shape, cfg.KV_LAYOUT),
@@ -216,6 +256,32 @@ def make_rings(cfg, dtype: gl.constexpr):
 
 
 @gluon.jit
+def item_place(cfg, batch, index):
+    """Row of the list and head tile of a program's index-th item.
+
+    All head tiles of a row come one after the other. Where what they read together
+    outgrows L2, whole blocks of ROW_BLOCK rows go head by head instead, so that what
+    runs at a time shares few KV heads.
+    """
+    row = index // cfg.HEAD_TILES
+    head_tile = index % cfg.HEAD_TILES
+    if cfg.ROW_BLOCK > 1:
+        block = row // cfg.ROW_BLOCK * cfg.ROW_BLOCK
+        last = block + cfg.ROW_BLOCK - 1
+        if last < batch.max_items:
+            fields = batch.work + last * ITEM_FIELDS
+            keys = gl.load(fields + 4)
+            if cfg.CAUSAL:  # of the block's lightest row
+                keys += gl.load(fields + 1) * cfg.BLOCK_M // cfg.PACK
+                keys -= gl.load(fields + 3)
+            if (gl.load(fields) >= 0) & (keys >= batch.long_seq):
+                place = index - block * cfg.HEAD_TILES
+                row = block + place % cfg.ROW_BLOCK
+                head_tile = place // cfg.ROW_BLOCK
+    return row, head_tile
+
+
+@gluon.jit
 def load_item(cfg, batch, turn):
     """This program's item of a round over the list, items dealt out in snake order:
     the list is heaviest first, and who got the heaviest of one round gets the
@@ -223,8 +289,7 @@ def load_item(cfg, batch, turn):
     last = gl.num_programs(0) - 1
     program = gl.program_id(0)
     place = gl.where(turn % 2 == 0, program, last - program)
-    index = turn * (last + 1) + place
-    row = index // cfg.HEAD_TILES
+    row, head_tile = item_place(cfg, batch, turn * (last + 1) + place)
     fields = batch.work + gl.minimum(row, batch.max_items - 1) * ITEM_FIELDS
     seq = gl.where(row < batch.max_items, gl.load(fields), -1)
     return Item(
@@ -233,7 +298,7 @@ def load_item(cfg, batch, turn):
         gl.load(fields + 2),
         gl.load(fields + 3),
         gl.load(fields + 4),
-        index % cfg.HEAD_TILES,
+        head_tile,
     )
 
 
