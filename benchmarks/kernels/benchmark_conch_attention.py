@@ -7,15 +7,8 @@
     python benchmarks/kernels/benchmark_conch_attention.py --suite prefill \
         --pages 16,128 --csv prefill.csv
 
-A case is a batch and what its layer looks like:
-
-    [COUNT]qQUERY[sSEQUENCE] joined by _    32q1s4k: 32 sequences, one new token each,
-                                            4096 tokens with it; q8k: 8192 new tokens
-                                            and no context; k is 1024
-    @HEADS/KVHEADSxSIZE                     32/8x128 query heads, KV heads, head size
-    @fp8 @fp8_e5m2                          the KV cache's dtype; else the query's
-    @window4k @softcap30                    sliding window, soft cap of the logits
-    @prefix32k                              so many first tokens in shared pages
+`conch_attention_cases.py` has the grammar of a case and the suites: the default,
+"short", takes seconds once kernels are compiled.
 
 Each case is checked against an fp64 reference, on some rows of some sequences and
 heads, with what the timed graph wrote; a wrong result is reported and has no time.
@@ -25,10 +18,6 @@ larger of the case's FLOP at the rate of a matrix product and its K and V at wha
 kernel takes that only reads as many bytes, both measured in the same run. The
 provider "read" is such a kernel, timed among the others.
 
-Scheduling work that a model does once a step, not once a layer, is not timed: CONCH's
-schedule and FA3's scheduler metadata are made before. With an fp8 cache FA3 and
-vLLM's Triton attention get fp8 queries, as their backends do; CONCH gets 16 bits.
-
 Without a GPU, TRITON_INTERPRET=1 and CUDA_VISIBLE_DEVICES="" check small cases.
 """
 
@@ -37,22 +26,30 @@ import math
 import multiprocessing
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import regex as re
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # for tests
 import conch_bench as bench
+from conch_attention_cases import SUITES, Case, apply_option, parse_case, parse_size
+from conch_attention_providers import (
+    FP8_DTYPES,
+    K_SCALE,
+    LAYOUT_NAMES,
+    PROVIDERS,
+    V_SCALE,
+    Inputs,
+    Provider,
+    Unavailable,
+    make_inputs,
+)
 
 from tests.kernels.attention.conch_reference import (
-    LAYOUTS,
     Attention,
     attention,
     first_visible_key,
@@ -60,293 +57,9 @@ from tests.kernels.attention.conch_reference import (
     output_tolerance,
     visible_keys,
 )
-from vllm.attention.ops.conch import VarlenSchedule, varlen_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-# Powers of two: dividing by them is exact.
-K_SCALE, V_SCALE = 0.5, 0.25
-LAYOUT_NAMES = {
-    "nhd": "NHD",
-    "hnd": "HND",
-    "interleaved": "interleaved",
-    "packed": "packed_HND",
-    "packed_nhd": "packed_NHD",
-}
-
-RAGGED = (
-    "q64_q96s2k_q128_q192_q256s8k_q384_q512_q768s4k"
-    "_q1k_q1536_q2ks16k_q3k_q4k_q6k_q8ks12k_q16k"
-)
-PREFILL = [
-    *(f"q{n}@32/8x128" for n in ("1k", "2k", "8k", "32k", "128k")),
-    *("4q1k", "16q1k", "8q2k"),
-    *(f"q{n}@{h}x128" for h in ("64/8", "32/32", "8/1") for n in ("2k", "8k", "32k")),
-    *("q1k@32/8x64", "q8k@32/8x64", "q32k@32/8x64"),
-    *("q1k@16/8x256", "q8k@16/8x256", "q32k@16/8x256"),
-    *("q512s4k", "4q512s16k", "q512s128k", "q2ks4k", "q2ks32k", "q2ks128k"),
-    RAGGED,
-]
-VARIANTS = [
-    *("q8k@window1k", "q32k@window1k", "q32k@window4k", "q8k@softcap30"),
-    *("q8k@32/8x80", "q8k@32/8x96", "q8k@32/8x112", "q8k@16/8x512"),
-    *("q32k@fp8", "q32k@fp8_e5m2", "16q1s8k@window1k", "16q1s8k@softcap30"),
-]
-DECODE = [
-    *("1q1s1k", "1q1s8k", "1q1s32k", "1q1s128k", "8q1s1k", "8q1s8k", "8q1s32k"),
-    *("64q1s1k", "64q1s8k", "64q1s32k", "256q1s1k", "256q1s8k"),
-    *(f"16q1s8k@{h}" for h in ("64/8x128", "32/32x128", "8/1x128")),
-    *(f"16q1s8k@{h}" for h in ("32/8x64", "16/8x256")),
-    "16q5s8k",
-]
-FP8 = ["1q1s32k@fp8", "16q1s8k@fp8", "64q1s8k@fp8", "64q1s8k@fp8_e5m2"]
-MIXED = [
-    # Skewed, and a uniform batch of as many bytes.
-    *("1q1s128k_31q1s4k", "32q1s8064"),
-    # Prefill chunks among decodes, and their parts alone.
-    *("q2k_64q1s4k", "q2k", "64q1s4k"),
-    *("2q2k_32q1s1k", "2q2k", "32q1s1k"),
-    *("q512s16k_64q1s4k", "q512s16k", "16q4s8k_q1k"),
-    *("64q1s33k@prefix32k", "64q1s33k"),
-]
-SHORT = ["q1k", "q8k", "q2ks32k", "1q1s1k", "1q1s32k", "64q1s8k", "q2k_64q1s4k"]
-SUITES = {
-    "prefill": PREFILL,
-    "decode": DECODE,
-    "mixed": MIXED,
-    "fp8": FP8,
-    "variants": VARIANTS,
-    "short": SHORT,
-    "all": [*PREFILL, *DECODE, *MIXED, *FP8, *VARIANTS],
-}
-
-
-# ---------------------------------------------------------------- cases
-
-SEGMENT = re.compile(r"(\d*)q(\d+k?)(?:s(\d+k?))?")
-HEADS = re.compile(r"(\d+)/(\d+)x(\d+)")
-OPTION = re.compile(r"(window|softcap|prefix)(\d+k?)")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A batch of (query length, sequence length) and the layer it meets."""
-
-    name: str
-    lengths: tuple[tuple[int, int], ...]
-    num_query_heads: int = 32
-    num_kv_heads: int = 8
-    head_size: int = 128
-    kv_dtype: str = "auto"
-    window: int | None = None
-    softcap: float = 0.0
-    prefix: int = 0
-    page: int = 16
-    layout: str = "packed"
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(query_len for query_len, _ in self.lengths)
-
-    @property
-    def max_query_len(self) -> int:
-        return max(query_len for query_len, _ in self.lengths)
-
-    @property
-    def pairs(self) -> int:
-        """Pairs of a query and a key that it sees."""
-        return sum(attended_pairs(q, s, self.window) for q, s in self.lengths)
-
-    @property
-    def flop(self) -> int:
-        """Two products of two operations for every pair, head and element."""
-        return 4 * self.num_query_heads * self.head_size * self.pairs
-
-    @property
-    def num_keys(self) -> int:
-        """Keys that some query sees, those of a shared prefix once."""
-        seen = (s - first_visible_key(q, s, self.window) for q, s in self.lengths)
-        return sum(seen) - self.prefix * (len(self.lengths) - 1)
-
-    def kv_bytes(self, element_size: int) -> int:
-        return 2 * self.num_keys * self.num_kv_heads * self.head_size * element_size
-
-
-def attended_pairs(query_len: int, seq_len: int, window: int | None) -> int:
-    """Visible (query, key) pairs of one sequence, causal."""
-    context = seq_len - query_len
-    # So many first queries see all keys before them, the others `window` keys.
-    rising = query_len
-    if window is not None:
-        rising = min(max(window - context, 0), query_len)
-    pairs = rising * context + rising * (rising + 1) // 2
-    return pairs + (query_len - rising) * (window or 0)
-
-
-def parse_size(text: str) -> int:
-    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
-
-
-def parse_case(text: str, defaults: Case) -> Case:
-    """Reads a case as the module's docstring describes it.
-
-    Raises:
-        ValueError: naming the part that cannot be read.
-    """
-    batch, *options = text.strip().split("@")
-    lengths: list[tuple[int, int]] = []
-    for segment in batch.split("_"):
-        found = SEGMENT.fullmatch(segment)
-        if found is None:
-            raise ValueError(
-                f"cases: segment {segment!r} of {text!r} is not [count]qLEN[sLEN], "
-                "such as 32q1s4k or q8k; a length may end in k"
-            )
-        count, query_len = int(found[1] or 1), parse_size(found[2])
-        seq_len = parse_size(found[3]) if found[3] else query_len
-        if not (count and 0 < query_len <= seq_len):
-            raise ValueError(
-                f"cases: segment {segment!r} of {text!r} needs a count and a query of "
-                "1 or more, and a sequence that holds the query"
-            )
-        lengths += [(query_len, seq_len)] * count
-    case = replace(defaults, name=text.strip(), lengths=tuple(lengths))
-    for option in options:
-        case = apply_option(case, option)
-    if case.prefix and (case.window or case.prefix > min(s for _, s in lengths)):
-        raise ValueError(
-            f"cases: the prefix of {text!r} must fit the shortest sequence, and there "
-            "must be no window"
-        )
-    return case
-
-
-def apply_option(case: Case, option: str) -> Case:
-    if found := HEADS.fullmatch(option):
-        heads, kv_heads, head_size = map(int, found.groups())
-        if not heads or not kv_heads or heads % kv_heads:
-            raise ValueError(
-                f"cases: {option!r} of {case.name!r}: query heads must be a multiple "
-                "of KV heads"
-            )
-        return replace(
-            case, num_query_heads=heads, num_kv_heads=kv_heads, head_size=head_size
-        )
-    if option in FP8_DTYPES:
-        return replace(case, kv_dtype=option)
-    if found := OPTION.fullmatch(option):
-        return replace(case, **{found[1]: parse_size(found[2])})
-    raise ValueError(
-        f"cases: option {option!r} of {case.name!r} is none of 32/8x128, "
-        f"{', '.join(FP8_DTYPES)}, window4k, softcap30, prefix32k"
-    )
-
-
-# ---------------------------------------------------------------- inputs
-
-
-@dataclass
-class Inputs:
-    """A case's tensors, shared by all providers."""
-
-    case: Case
-    query: torch.Tensor
-    key_cache: torch.Tensor
-    value_cache: torch.Tensor
-    output: torch.Tensor
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    k_scale: torch.Tensor | None
-    v_scale: torch.Tensor | None
-
-    @property
-    def scale(self) -> float:
-        """Gives logits of standard deviation 1."""
-        return self.case.head_size**-0.5
-
-    @property
-    def max_seq_len(self) -> int:
-        return max(seq_len for _, seq_len in self.case.lengths)
-
-    @cached_property
-    def quantized_query(self) -> torch.Tensor:
-        """The query as backends give it that quantise it for an fp8 cache."""
-        if self.k_scale is None:
-            return self.query
-        return self.query.to(self.key_cache.dtype)
-
-    def descale(self, value: float) -> torch.Tensor | None:
-        """A scale for each sequence and KV head, as the rivals take it."""
-        if self.k_scale is None:
-            return None
-        scale = torch.full((1,), value, device=self.query.device)
-        return scale.expand(len(self.case.lengths), self.case.num_kv_heads)
-
-
-def make_inputs(
-    case: Case, dtype: torch.dtype, device: str, max_blocks: int | None = None
-) -> Inputs:
-    """Random queries, and K and V in pages of random order.
-
-    With max_blocks sequences share pages, to save memory where only compiling matters.
-    """
-    torch.manual_seed(0)
-    kv_dtype = FP8_DTYPES.get(case.kv_dtype, dtype)
-    block_table, num_blocks = make_block_table(case)
-    if max_blocks is not None:
-        num_blocks = min(num_blocks, max_blocks)
-        block_table %= num_blocks
-
-    def new(*shape: int) -> torch.Tensor:
-        # fp8 has no random numbers of its own.
-        made = dtype if kv_dtype.itemsize == 1 else kv_dtype
-        return torch.randn(shape, dtype=made, device=device).to(kv_dtype)
-
-    key_cache, value_cache = LAYOUTS[LAYOUT_NAMES[case.layout]](
-        num_blocks, case.page, case.num_kv_heads, case.head_size, new
-    )
-    shape = (case.num_tokens, case.num_query_heads, case.head_size)
-    query = torch.randn(shape, dtype=dtype, device=device)
-    scales = [None, None]
-    if case.kv_dtype != "auto":
-        query /= K_SCALE  # logits stay as large as without a scale
-        scales = [torch.full((1,), x, device=device) for x in (K_SCALE, V_SCALE)]
-    starts = [0]
-    for query_len, _ in case.lengths:
-        starts.append(starts[-1] + query_len)
-    integers = {"dtype": torch.int32, "device": device}
-    return Inputs(
-        case,
-        query,
-        key_cache,
-        value_cache,
-        torch.empty_like(query),
-        query_start_loc=torch.tensor(starts, **integers),
-        seq_lens=torch.tensor([s for _, s in case.lengths], **integers),
-        block_table=block_table.to(device),
-        k_scale=scales[0],
-        v_scale=scales[1],
-    )
-
-
-def make_block_table(case: Case) -> tuple[torch.Tensor, int]:
-    """Random pages for each sequence, those of the prefix shared; and the pool's size.
-
-    Block 0 is nobody's, as in vLLM.
-    """
-    shared = case.prefix // case.page
-    counts = [-(-seq_len // case.page) for _, seq_len in case.lengths]
-    num_blocks = 1 + shared + sum(count - shared for count in counts)
-    pages = 1 + torch.randperm(num_blocks - 1, dtype=torch.int32)
-    table = torch.zeros(len(counts), max(counts), dtype=torch.int32)
-    table[:, :shared] = pages[:shared]
-    used = shared
-    for row, count in zip(table, counts):
-        row[shared:count] = pages[used : used + count - shared]
-        used += count - shared
-    return table, num_blocks
 
 
 # ---------------------------------------------------------------- correctness
@@ -447,285 +160,6 @@ class WrongResult(Exception):
     """A provider computed something else."""
 
 
-# ---------------------------------------------------------------- providers
-
-
-class Unavailable(Exception):
-    """A provider cannot run here, or not this case."""
-
-
-class Provider(ABC):
-    """Something that computes a case."""
-
-    name: str
-    checked = True
-    compiles = False  # Triton kernels, before the first call
-
-    @abstractmethod
-    def make(self, inputs: Inputs) -> Callable[[], object]:
-        """What to time, prepared as far as a model prepares it once a step.
-
-        Raises:
-            Unavailable: with the reason.
-        """
-
-    def query(self, inputs: Inputs) -> torch.Tensor:
-        """The query that it is given."""
-        return inputs.query
-
-    def output(self, inputs: Inputs) -> torch.Tensor:
-        """Where its result is after a call."""
-        return inputs.output
-
-
-class Conch(Provider):
-    name = "conch"
-    compiles = True
-
-    def make_schedule(self, inputs: Inputs) -> VarlenSchedule:
-        case = inputs.case
-        schedule = VarlenSchedule(
-            max_num_seqs=len(case.lengths),
-            max_num_tokens=case.num_tokens,
-            num_query_heads=case.num_query_heads,
-            num_kv_heads=case.num_kv_heads,
-            head_size=case.head_size,
-            block_size=case.page,
-            query_dtype=inputs.query.dtype,
-            kv_dtype=inputs.key_cache.dtype,
-            device=inputs.query.device,
-            sliding_window=case.window,
-        )
-        schedule.update(
-            inputs.query_start_loc,
-            inputs.seq_lens,
-            max_query_len=case.max_query_len,
-            num_tokens=case.num_tokens,
-        )
-        return schedule
-
-    def make(self, inputs: Inputs) -> Callable[[], object]:
-        case, schedule = inputs.case, self.make_schedule(inputs)
-        return lambda: varlen_attention(
-            inputs.query,
-            inputs.key_cache,
-            inputs.value_cache,
-            inputs.output,
-            inputs.query_start_loc,
-            inputs.seq_lens,
-            inputs.block_table,
-            max_query_len=case.max_query_len,
-            scale=inputs.scale,
-            softcap=case.softcap,
-            sliding_window=case.window,
-            k_scale=inputs.k_scale,
-            v_scale=inputs.v_scale,
-            schedule=schedule,
-        )
-
-
-class ConchPortable(Conch):
-    """CONCH without its Hopper kernel."""
-
-    name = "conch_portable"
-
-    def make_schedule(self, inputs: Inputs) -> VarlenSchedule:
-        raise Unavailable("this CONCH has no switch between prefill kernels")
-
-
-class FlashAttention3(Provider):
-    """FlashAttention-3 as in vLLM's FLASH_ATTN backend."""
-
-    name = "fa3"
-
-    def query(self, inputs: Inputs) -> torch.Tensor:
-        return inputs.quantized_query
-
-    def make(self, inputs: Inputs) -> Callable[[], object]:
-        try:
-            from vllm.vllm_flash_attn import (
-                fa_version_unsupported_reason,
-                flash_attn_varlen_func,
-                get_scheduler_metadata,
-            )
-        except ImportError as error:
-            raise Unavailable(f"this vLLM has no FlashAttention: {error}") from error
-        if reason := fa_version_unsupported_reason(3):
-            raise Unavailable(reason)
-        case, query = inputs.case, self.query(inputs)
-        if case.kv_dtype == "fp8_e5m2":
-            raise Unavailable("no e5m2")
-        if case.head_size > 256:
-            raise Unavailable("no head size above 256")
-        window = (-1, -1) if case.window is None else (case.window - 1, 0)
-        metadata = get_scheduler_metadata(
-            batch_size=len(case.lengths),
-            max_seqlen_q=case.max_query_len,
-            max_seqlen_k=inputs.max_seq_len,
-            num_heads_q=case.num_query_heads,
-            num_heads_kv=case.num_kv_heads,
-            headdim=case.head_size,
-            cache_seqlens=inputs.seq_lens,
-            qkv_dtype=query.dtype,
-            cu_seqlens_q=inputs.query_start_loc,
-            page_size=case.page,
-            causal=True,
-            window_size=window,
-            has_softcap=case.softcap > 0,
-        )
-        descales = [inputs.descale(x) for x in (1.0, K_SCALE, V_SCALE)]
-        return lambda: flash_attn_varlen_func(
-            q=query,
-            k=inputs.key_cache,
-            v=inputs.value_cache,
-            out=inputs.output,
-            max_seqlen_q=case.max_query_len,
-            cu_seqlens_q=inputs.query_start_loc,
-            max_seqlen_k=inputs.max_seq_len,
-            seqused_k=inputs.seq_lens,
-            block_table=inputs.block_table,
-            softmax_scale=inputs.scale,
-            causal=True,
-            window_size=list(window),
-            softcap=case.softcap,
-            scheduler_metadata=metadata,
-            q_descale=descales[0],
-            k_descale=descales[1],
-            v_descale=descales[2],
-            fa_version=3,
-        )
-
-
-class VllmTriton(Provider):
-    """The kernel of vLLM's TRITON_ATTN backend, with the backend's choices."""
-
-    name = "triton"
-    compiles = True
-    RELEASE = "0.33."
-    MAX_FLOP = 2e13  # a quarter of a second on an H200
-    SEGMENTS = 16
-    MIN_GRID = 128
-    MAX_SPLIT_QUERY_LEN = 8
-    CAPTURE_SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
-
-    def query(self, inputs: Inputs) -> torch.Tensor:
-        return inputs.quantized_query
-
-    def make(self, inputs: Inputs) -> Callable[[], object]:
-        found = bench.package_version("vllm")
-        if not found.startswith(self.RELEASE):
-            raise Unavailable(f"its signature is that of vLLM 0.33; this is {found}")
-        from vllm.v1.attention.ops.triton_unified_attention import unified_attention
-        from vllm.v1.kv_cache_interface import KVQuantMode
-
-        case, device = inputs.case, inputs.query.device
-        if case.flop > self.MAX_FLOP:
-            raise Unavailable("takes too long")
-        threshold = self.MIN_GRID // case.num_kv_heads
-        threshold = min(self.CAPTURE_SIZES, key=lambda size: abs(size - threshold))
-        rows = threshold * min(case.max_query_len, self.MAX_SPLIT_QUERY_LEN)
-        scratch = (rows, case.num_query_heads, self.SEGMENTS)
-        padded = 2 ** math.ceil(math.log2(case.head_size))
-        segment_output = torch.empty(*scratch, padded, device=device)
-        segment_max, segment_sum = (torch.empty(scratch, device=device) for _ in "ms")
-        ones = torch.ones(1, device=device)
-        one = ones.expand(len(case.lengths), case.num_kv_heads)
-        quantized = inputs.k_scale is not None
-        query = self.query(inputs)
-        return lambda: unified_attention(
-            q=query,
-            k=inputs.key_cache,
-            v=inputs.value_cache,
-            out=inputs.output,
-            cu_seqlens_q=inputs.query_start_loc,
-            max_seqlen_q=case.max_query_len,
-            seqused_k=inputs.seq_lens,
-            max_seqlen_k=inputs.max_seq_len,
-            softmax_scale=inputs.scale,
-            causal=True,
-            window_size=(-1, -1) if case.window is None else (case.window - 1, 0),
-            block_table=inputs.block_table,
-            softcap=case.softcap,
-            q_descale=ones if quantized else None,
-            k_descale=inputs.descale(K_SCALE) if quantized else one,
-            v_descale=inputs.descale(V_SCALE) if quantized else one,
-            seq_threshold_3D=threshold,
-            num_par_softmax_segments=self.SEGMENTS,
-            softmax_segm_output=segment_output,
-            softmax_segm_max=segment_max,
-            softmax_segm_expsum=segment_sum,
-            kv_quant_mode=(
-                KVQuantMode.FP8_PER_TENSOR if quantized else KVQuantMode.NONE
-            ),
-        )
-
-
-class Cudnn(Provider):
-    """cuDNN through torch, on contiguous K and V with all heads: no pages to follow."""
-
-    name = "cudnn"
-    result: torch.Tensor
-
-    def make(self, inputs: Inputs) -> Callable[[], object]:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        case = inputs.case
-        if inputs.query.device.type != "cuda":
-            raise Unavailable("needs a GPU")
-        query_len, seq_len = case.lengths[0]
-        uniform = len(set(case.lengths)) == 1 and query_len == seq_len
-        if not uniform or case.window or case.softcap or inputs.k_scale is not None:
-            raise Unavailable("only whole prompts of one length, without options")
-        if case.head_size > 256:
-            raise Unavailable("no head size above 256")
-        group = case.num_query_heads // case.num_kv_heads
-        key, value = (
-            torch.stack(
-                [gather_pages(cache, row, 0, seq_len) for row in inputs.block_table]
-            )
-            .transpose(1, 2)
-            .repeat_interleave(group, 1)
-            .contiguous()
-            for cache in (inputs.key_cache, inputs.value_cache)
-        )
-        query = inputs.query.unflatten(0, (-1, query_len)).transpose(1, 2).contiguous()
-
-        def run() -> None:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                self.result = torch.nn.functional.scaled_dot_product_attention(
-                    query, key, value, is_causal=True, scale=inputs.scale
-                )
-
-        return run
-
-    def output(self, inputs: Inputs) -> torch.Tensor:
-        return self.result.transpose(1, 2).flatten(0, 1)
-
-
-class Read(Provider):
-    """Only reads as many bytes as the case has of K and V."""
-
-    name = "read"
-    checked = False
-    source: torch.Tensor | None = None
-
-    def make(self, inputs: Inputs) -> Callable[[], object]:
-        if inputs.query.device.type != "cuda":
-            raise Unavailable("without a GPU there is nothing to time")
-        num_bytes = inputs.case.kv_bytes(inputs.key_cache.element_size())
-        if self.source is None or self.source.nbytes < num_bytes + 2**16:
-            self.source = bench.read_source(num_bytes)
-        # The best for a small and for a large read on an H200.
-        config = bench.READ_CONFIGS[1 if num_bytes > 2**26 else 0]
-        return bench.read_call(self.source, num_bytes, config)
-
-
-PROVIDERS = {
-    provider.name: provider
-    for provider in (Conch, ConchPortable, FlashAttention3, VllmTriton, Cudnn, Read)
-}
-
-
 # ---------------------------------------------------------------- measuring
 
 
@@ -755,8 +189,8 @@ FIELDS = (
     *("provider", "us", "TFLOP/s", "TB/s", "floor_us", "of_floor"),
     *("vs_fa3", "vs_triton", "host_us", "max_error", "note"),
 )
-WIDTHS = {"case": 20, "heads": 9, "dtype": 5, "kv_dtype": 8, "page": 4, "layout": 6}
-WIDTHS |= {"provider": 14, "note": 4}
+WIDTHS = {"case": 20, "heads": 9, "dtype": 0, "kv_dtype": 4, "page": 4, "layout": 0}
+WIDTHS |= {"provider": 14, "floor_us": 0, "note": 4}
 
 
 def describe(case: Case, inputs: Inputs) -> dict[str, object]:

@@ -263,9 +263,18 @@ class Table:
         path: Path | None = None,
         widths: Mapping[str, int] | None = None,
     ) -> None:
+        """Prints the head of the table and begins the file.
+
+        Args:
+            fields: columns, in order.
+            head: the environment.
+            path: of the file; None: only print.
+            widths: of printed columns that need more or less than 7 or their name; a
+                column of width 0 goes to the file alone.
+        """
         self.fields = list(fields)
-        self.widths = {name: max(len(name), 7) for name in self.fields}
-        self.widths |= {k: w for k, w in (widths or {}).items() if k in self.widths}
+        given = widths or {}
+        self.widths = {k: given.get(k, max(len(k), 7)) for k in self.fields}
         self.rows: list[dict[str, object]] = []
         self.path = path
         for name, value in head.items():
@@ -278,7 +287,7 @@ class Table:
         self.show(dict(zip(self.fields, self.fields)))
 
     def show(self, row: Mapping[str, object]) -> None:
-        cells = [as_text(row.get(k)).rjust(w) for k, w in self.widths.items()]
+        cells = [as_text(row.get(k)).rjust(w) for k, w in self.widths.items() if w]
         print("  ".join(cells).rstrip(), flush=True)
 
     def add(self, row: Mapping[str, object]) -> None:
