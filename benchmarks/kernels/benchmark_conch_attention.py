@@ -189,7 +189,7 @@ FIELDS = (
     *("provider", "us", "TFLOP/s", "TB/s", "floor_us", "of_floor"),
     *("vs_fa3", "vs_triton", "host_us", "max_error", "note"),
 )
-WIDTHS = {"case": 20, "heads": 9, "dtype": 0, "kv_dtype": 4, "page": 4, "layout": 0}
+WIDTHS = {"case": 20, "heads": 9, "dtype": 0, "kv_dtype": 8, "page": 4, "layout": 0}
 WIDTHS |= {"provider": 14, "floor_us": 0, "note": 4}
 
 

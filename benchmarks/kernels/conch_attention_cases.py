@@ -2,13 +2,14 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The cases of CONCH's attention benchmark: batches, written in a few letters.
 
-[COUNT]qQUERY[sSEQUENCE] joined by _    32q1s4k: 32 sequences, one new token each,
-                                        4096 tokens with it; q8k: 8192 new tokens
-                                        and no context; k is 1024
-@HEADS/KVHEADSxSIZE                     32/8x128 query heads, KV heads, head size
-@fp8 @fp8_e5m2                          the KV cache's dtype; else the query's
-@window4k @softcap30                    sliding window, soft cap of the logits
-@prefix32k                              so many first tokens in shared pages
+A case is segments [COUNT]qQUERY[sSEQUENCE] joined by _, and options, each behind @:
+
+- 32q1s4k: 32 sequences of 4096 tokens, the last of which is new; q8k: 8192 new tokens
+  without context; k is 1024.
+- @32/8x128: query heads, KV heads, head size.
+- @fp8, @fp8_e5m2: dtype of the KV cache, otherwise the query's.
+- @window4k, @softcap30: sliding window, soft cap of the logits.
+- @prefix32k: so many first tokens lie in pages that all sequences share.
 """
 
 from dataclasses import dataclass, replace
