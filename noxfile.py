@@ -22,7 +22,7 @@ nox.needs_version = ">=2025.5"
 nox.options.sessions = ["demo"]
 nox.options.reuse_venv = "yes"
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036 (nox itself runs on older ones)
     sys.exit("CONCH needs Python 3.11 or newer: python3.11 -m pip install nox")
 
 HERE = Path(__file__).resolve().parent

@@ -188,8 +188,8 @@ def main() -> int:
                 f"{name} in {count} layers" for name, count in backends.items()
             ),
             "device": device,
-            "versions": f"vLLM {vllm.__version__}, torch {torch.__version__}, "
-            f"Triton {triton.__version__}",
+            "vLLM": vllm.__version__,
+            "torch, Triton": f"{torch.__version__}, {triton.__version__}",
             "start-up": f"{started - begun:.1f} s",
             "generation": f"{generated} tokens for {len(results)} prompts in "
             f"{seconds:.1f} s, {generated / seconds:.1f} tokens/s",
