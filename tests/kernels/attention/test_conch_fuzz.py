@@ -98,6 +98,8 @@ def test_random_batches(
         **shape,
         dtype=dtypes[0],
         kv_dtype=dtypes[1],
+        k_scale=0.3 if dtypes[1] else None,
+        v_scale=3.0 if dtypes[1] else None,
         layout=layout,
         sliding_window=sliding_window,
         causal=causal,

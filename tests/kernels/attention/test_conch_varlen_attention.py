@@ -151,9 +151,11 @@ def test_strides_of_single_elements_are_not_used(query_len):
 
 
 @pytest.mark.parametrize("lengths", DECODE_AND_MIXED)
-def test_misaligned_tensors(lengths):
+@pytest.mark.parametrize("kv_dtype", [None, KV_FP8_DTYPES[0]])
+def test_misaligned_tensors(kv_dtype, lengths):
     """After an aligned call of the same strides, every address is off by an element."""
-    aligned = make_batch(lengths, dtype=torch.float16, num_query_heads=2)
+    options = {"dtype": torch.float16, "kv_dtype": kv_dtype, "num_query_heads": 2}
+    aligned = make_batch(lengths, **options)
     check(aligned)
 
     def shifted(tensor: torch.Tensor) -> torch.Tensor:
@@ -254,14 +256,19 @@ def test_softcap(softcap, logit_std, lengths, dtype):
 @pytest.mark.parametrize("k_scale, v_scale", [(None, None), (0.5, 2.0), (2.0, 0.5)])
 @pytest.mark.parametrize("kv_dtype", KV_FP8_DTYPES)
 def test_fp8_cache(kv_dtype, k_scale, v_scale, lengths):
-    batch = make_batch(
-        lengths,
-        dtype=HALF_DTYPES[-1],
-        kv_dtype=kv_dtype,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
-    check(batch)
+    options = {"kv_dtype": kv_dtype, "k_scale": k_scale, "v_scale": v_scale}
+    check(make_batch(lengths, dtype=HALF_DTYPES[-1], **options))
+    check(make_batch(lengths, dtype=HALF_DTYPES[-1], softcap=3.0, **options))
+
+
+@pytest.mark.parametrize("layout", ["HND", "packed_NHD"])
+@pytest.mark.parametrize("head_size", [16, 33, 80, 256])
+def test_fp8_cache_head_sizes(head_size, layout):
+    options = {"kv_dtype": KV_FP8_DTYPES[0], "layout": layout, "v_scale": 0.5}
+    for lengths in DECODE_AND_MIXED:
+        check(
+            make_batch(lengths, head_size=head_size, dtype=HALF_DTYPES[-1], **options)
+        )
 
 
 @pytest.mark.parametrize("kv_dtype", KV_FP8_DTYPES)
@@ -330,7 +337,7 @@ def test_max_query_len_is_only_an_upper_bound():
 
 @gpu_only
 @pytest.mark.parametrize("portable", [True, False])
-@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize("head_size", [64, 80, 128, 192, 256])
 @pytest.mark.parametrize(
     "options",
     [
