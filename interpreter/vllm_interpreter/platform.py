@@ -12,12 +12,25 @@ from vllm.platforms.interface import DeviceCapability
 # The GPU that backends are to believe in when they say what they support.
 CAPABILITY = DeviceCapability(9, 0)
 
+# Ops of vLLM's compiled CPU build that activation layers look up when they are made.
+# They are not called: the layers run in plain PyTorch.
+ACTIVATIONS = (
+    "gelu_and_mul",
+    "gelu_tanh_and_mul",
+    "gelu_new",
+    "gelu_fast",
+    "gelu_quick",
+)
+
 _library = torch.library.Library("_C", "FRAGMENT")  # unregisters when collected
 
 
 def define_missing_ops() -> None:
-    """Stands in for an op of vLLM's compiled CPU build that workers call."""
-    if not hasattr(torch.ops._C, "init_cpu_memory_env"):
+    """Stands in for ops of vLLM's compiled CPU build."""
+    for name in ACTIVATIONS:
+        if not hasattr(torch.ops._C, name):
+            _library.define(f"{name}(Tensor(a!) out, Tensor input) -> ()")
+    if not hasattr(torch.ops._C, "init_cpu_memory_env"):  # workers call it
         _library.define("init_cpu_memory_env(int[] nodes) -> ()")
         _library.impl(
             "init_cpu_memory_env", lambda nodes: None, "CompositeExplicitAutograd"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import vllm.envs as envs
 from vllm.attention.backends.abstract import (
     AttentionBackend,
     AttentionImpl,
@@ -126,6 +127,24 @@ class ConchBackendBase(AttentionBackend):
 
 
 class ConchBuilderBase(AttentionMetadataBuilder):
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        mode = vllm_config.compilation_config.cudagraph_mode
+        if envs.VLLM_USE_V2_MODEL_RUNNER and mode and mode.has_full_cudagraphs():
+            # It builds metadata without a graph's padding, and with the number of
+            # tokens as max_query_len: no graph's launches can be told from that.
+            raise ValueError(
+                f"CONCH cannot run with cudagraph_mode {mode.name} on the experimental "
+                "model runner that VLLM_USE_V2_MODEL_RUNNER=1 chooses. Unset it, or "
+                'give --compilation-config \'{"cudagraph_mode": "NONE"}\'.'
+            )
+
     @abstractmethod
     def update_schedules(self, metadata: Any) -> None:
         """Recomputes the schedules from the lengths that are now on the device."""
