@@ -58,6 +58,10 @@ CONFIGS = {
 LONG_SEQUENCE_BYTES = 48 * 2**20
 
 
+# Compiled kernels by what `hopper_prefill` says of a call.
+VARIANTS: dict[tuple, object] = {}
+
+
 @lru_cache
 def is_available(device: torch.device) -> bool:
     """Whether this device and this Triton can run the kernel."""
@@ -202,7 +206,23 @@ def hopper_prefill(
     if row_block is None:
         row_block = rows_by_head(group, pack, sliding_window is not None)
     box = (1, min(block_size & -block_size, config.block_n), 1, PANEL)
-    hopper_prefill_kernel[(num_programs(query.device),)](
+    constants = dict(
+        HEAD_SIZE=head_size,
+        BLOCK_N=config.block_n,
+        PAGE=block_size,
+        GROUP=group,
+        PACK=pack,
+        HEAD_TILES=num_query_heads // pack,
+        CONSUMERS=config.consumers,
+        STAGES=config.stages,
+        CAUSAL=causal,
+        WINDOWED=sliding_window is not None,
+        WIDE_WINDOW=(sliding_window or 0) >= CONSUMER_ROWS + config.block_n,
+        SOFTCAP=config.softcap if softcap else None,
+        NARROW_P=config.narrow_p,
+        ROW_BLOCK=row_block,
+    )
+    arguments = (
         describe_tensor(query, (CONSUMER_ROWS // pack, pack, PANEL)),
         describe_tensor(key_cache, box),
         describe_tensor(value_cache, box),
@@ -218,18 +238,20 @@ def hopper_prefill(
         (softcap or scale) * LOG2E,
         scale / softcap if softcap else 0.0,
         sliding_window or 0,
-        HEAD_SIZE=head_size,
-        BLOCK_N=config.block_n,
-        PAGE=block_size,
-        GROUP=group,
-        PACK=pack,
-        HEAD_TILES=num_query_heads // pack,
-        CONSUMERS=config.consumers,
-        STAGES=config.stages,
-        CAUSAL=causal,
-        WINDOWED=sliding_window is not None,
-        SOFTCAP=config.softcap if softcap else None,
-        NARROW_P=config.narrow_p,
-        ROW_BLOCK=row_block,
-        num_warps=4,
     )
+    # All that Triton distinguishes variants by; looking for itself takes it longer.
+    variant = (
+        query.device,
+        query.dtype,
+        tuple(None if t is None else t.data_ptr() % 16 == 0 for t in arguments[3:7]),
+        arguments[7:9],
+        tuple(constants.values()),
+    )
+    grid = (num_programs(query.device), 1, 1)
+    compiled = VARIANTS.get(variant)
+    if compiled is None:
+        VARIANTS[variant] = hopper_prefill_kernel[grid](
+            *arguments, **constants, num_warps=4
+        )
+    else:
+        compiled[grid](*arguments, *constants.values())

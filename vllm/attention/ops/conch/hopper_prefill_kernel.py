@@ -8,8 +8,9 @@ and output in registers. Its loop over key tiles, last tile first, is pipelined 
 one: Q.K of a tile is issued together with P.V of the tile before it, and the softmax
 of the new scores runs while the tensor cores still work on P.V, its own or that of
 another consumer. Making the consumers take turns, as FlashAttention-3 does, was slower
-at every head size but 256 (1% faster there). The producer follows the block table and feeds K and V through two rings
-of shared memory with TMA, already for the next item while this one is being finished.
+at every head size but 256 (1% faster there). The producer follows the block table and
+feeds K and V through two rings of shared memory with TMA, already for the next item
+while this one is being finished.
 
 The schedule (asynchronous pairs of products, setmaxnreg) is that of
 FlashAttention-3, https://arxiv.org/abs/2407.08608; the code is not.
@@ -27,6 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper_tiles import (
     CONSUMER_ROWS,
+    MASK_LOWER,
+    MASK_UPPER,
     PANEL,
     Batch,
     Config,
@@ -192,22 +195,43 @@ def carried(cfg, p, dtype: gl.constexpr):
         return p
 
 
+@gluon.constexpr_function
+def keep_asm(relation):
+    return (
+        f"{{ .reg .pred p; setp.{relation}.s32 p, $2, $3; "
+        "selp.f32 $0, $1, 0fFF800000, p; }"
+    )
+
+
 @gluon.jit
-def mask_scores(cfg, batch, item, s, FIRST_ROW: gl.constexpr, tile):
+def keep_if(RELATION: gl.constexpr, s, keys, bound):
+    """s where keys < (or >=) bound, else -inf, as assembly: of a plain comparison
+    ptxas makes bit masks before there is an s, at twice the instructions.
+    s: [64, BLOCK_N], keys: [1, BLOCK_N], bound: [64]"""
+    ASM: gl.constexpr = keep_asm(RELATION)
+    keys, s = gl.broadcast(keys, s)
+    bound, _ = gl.broadcast(gl.expand_dims(bound, 1), s)
+    return gl.inline_asm_elementwise(
+        ASM, "=f,f,r,r", [s, keys, bound], gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def mask_scores(
+    cfg, batch, item, s, FIRST_ROW: gl.constexpr, tile, MASK: gl.constexpr
+):
     """-inf where a row must not see a key.  s: [64, BLOCK_N]"""
     rows = item.tile * cfg.BLOCK_M + FIRST_ROW
     rows += gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, cfg.S_LAYOUT))
-    keys = tile * cfg.BLOCK_N
-    keys += gl.arange(0, cfg.BLOCK_N, gl.SliceLayout(0, cfg.S_LAYOUT))
     begin, end = visible_keys(cfg, batch, item, rows // cfg.PACK)
+    end += gl.zeros_like(rows)  # of every row, also if not causal
+    keys = gl.arange(0, cfg.BLOCK_N, gl.SliceLayout(0, cfg.S_LAYOUT))
     keys = gl.expand_dims(keys, 0)
-    if cfg.CAUSAL or cfg.WINDOWED:
-        visible = keys < gl.expand_dims(end, 1)
-    else:
-        visible = keys < end
-    if cfg.WINDOWED:
-        visible = visible & (keys >= gl.expand_dims(begin, 1))
-    return gl.where(visible, s, float("-inf"))
+    if MASK & MASK_UPPER:
+        s = keep_if("lt", s, keys, end - tile * cfg.BLOCK_N)
+    if MASK & MASK_LOWER:
+        s = keep_if("ge", s, keys, begin - tile * cfg.BLOCK_N)
+    return s
 
 
 @gluon.jit
@@ -242,14 +266,28 @@ def zero_rows(cfg, tile, first):
 
 
 @gluon.jit
+def lane_sums(cfg, p):
+    """Sums of the columns that a lane has: those of a row's four lanes are added only
+    at the item's end.  p: [64, BLOCK_N], returns [64, 4]"""
+    return gl.sum(gl.sum(p.reshape([CONSUMER_ROWS, cfg.BLOCK_N // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def per_row(values, like):
+    """values: [64], in the layout of like: [64, 4]"""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, like.type.layout)
+    return gl.expand_dims(gl.convert_layout(values, LAYOUT), 1)
+
+
+@gluon.jit
 def consume_tile(
-    cfg, batch, rings, item, CONSUMER: gl.constexpr, MASKED: gl.constexpr,
+    cfg, batch, rings, item, CONSUMER: gl.constexpr, MASK: gl.constexpr,
     tile, count, acc, p, row_max, row_sum,
 ):  # fmt: skip
     """S of tile `tile` beside P.V of the tile before, then the softmax of S.
 
     acc: [64, PADDED] without the last tile, p: [64, BLOCK_N] of the last tile,
-    row_max, row_sum: [64] with it.
+    row_max: [64], row_sum: [64, 4] with it.
     """
     slot = count % cfg.STAGES
     v_slot = (count - 1) % cfg.STAGES
@@ -262,10 +300,10 @@ def consume_tile(
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(rings.k_free.index(slot))
     s = cap_scores(cfg, batch, s)
-    if MASKED:
-        s = mask_scores(cfg, batch, item, s, CONSUMER * CONSUMER_ROWS, tile)
-    p_next, decay, row_max = softmax_step(cfg, s, row_max, batch.scale_log2, MASKED)
-    row_sum = row_sum * decay + gl.sum(p_next, 1)
+    if MASK:
+        s = mask_scores(cfg, batch, item, s, CONSUMER * CONSUMER_ROWS, tile, MASK)
+    p_next, decay, row_max = softmax_step(cfg, s, row_max, batch.scale_log2, MASK)
+    row_sum = row_sum * per_row(decay, row_sum) + lane_sums(cfg, p_next)
     p_next = carried(cfg, p_next, rings.v.dtype)
     # Passed long ago. It ends the basic block: ptxas would otherwise move the wait
     # for P.V in front of the exponentials that are to run under it.
@@ -280,7 +318,7 @@ def consume_tile(
 @gluon.jit
 def first_tile(cfg, batch, rings, item, CONSUMER: gl.constexpr, tile, count):
     """Softmax of an item's last key tile, the only one that may reach beyond the
-    sequence's end.  Returns p: [64, BLOCK_N] in V's dtype, row_max, row_sum: [64]"""
+    sequence's end.  Returns p: [64, BLOCK_N], row_max: [64], row_sum: [64, 4]"""
     slot = count % cfg.STAGES
     phase = count // cfg.STAGES % 2
     mbarrier.wait(rings.k_full.index(slot), phase)
@@ -288,7 +326,7 @@ def first_tile(cfg, batch, rings, item, CONSUMER: gl.constexpr, tile, count):
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(rings.k_free.index(slot))
     s = cap_scores(cfg, batch, s)
-    s = mask_scores(cfg, batch, item, s, CONSUMER * CONSUMER_ROWS, tile)
+    s = mask_scores(cfg, batch, item, s, CONSUMER * CONSUMER_ROWS, tile, cfg.UPPER)
     LAYOUT: gl.constexpr = gl.SliceLayout(1, cfg.S_LAYOUT)
     none = gl.full([CONSUMER_ROWS], float("-inf"), gl.float32, LAYOUT)
     p, _, row_max = softmax_step(cfg, s, none, batch.scale_log2, True)
@@ -296,7 +334,7 @@ def first_tile(cfg, batch, rings, item, CONSUMER: gl.constexpr, tile, count):
     if keys < cfg.BLOCK_N:
         mbarrier.wait(rings.v_full.index(slot), phase)
         zero_rows(cfg, rings.v.index(slot), keys)
-    return carried(cfg, p, rings.v.dtype), row_max, gl.sum(p, 1)
+    return carried(cfg, p, rings.v.dtype), row_max, lane_sums(cfg, p)
 
 
 @gluon.jit
@@ -349,20 +387,20 @@ def attend(
     for tile in range(end - 2, full_end - 1, -1):
         count += 1
         acc, p, row_max, row_sum = consume_tile(
-            cfg, batch, rings, item, CONSUMER, True, tile, count, acc, p,
+            cfg, batch, rings, item, CONSUMER, cfg.UPPER, tile, count, acc, p,
             row_max, row_sum,
         )  # fmt: skip
     for tile in range(full_end - 1, full_begin - 1, -1):
         count += 1
         acc, p, row_max, row_sum = consume_tile(
-            cfg, batch, rings, item, CONSUMER, False, tile, count, acc, p,
+            cfg, batch, rings, item, CONSUMER, 0, tile, count, acc, p,
             row_max, row_sum,
         )  # fmt: skip
     if cfg.WINDOWED:
         for tile in range(full_begin - 1, begin - 1, -1):
             count += 1
             acc, p, row_max, row_sum = consume_tile(
-                cfg, batch, rings, item, CONSUMER, True, tile, count, acc, p,
+                cfg, batch, rings, item, CONSUMER, MASK_LOWER, tile, count, acc, p,
                 row_max, row_sum,
             )  # fmt: skip
     mbarrier.arrive(rings.q_free.index(CONSUMER))
@@ -372,6 +410,7 @@ def attend(
     operand = to_operand(cfg, p, rings.v.dtype)
     acc = warpgroup_mma(operand, rings.v.index(slot), acc)
     mbarrier.arrive(rings.v_free.index(slot))
+    row_sum = gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, cfg.S_LAYOUT))
     store_rows(cfg, batch, item, CONSUMER, acc, row_sum)
     if lse is not None:
         store_lse(cfg, batch, lse, item, CONSUMER, row_max, row_sum)
@@ -446,6 +485,7 @@ def hopper_prefill_kernel(
     STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
     WINDOWED: gl.constexpr,
+    WIDE_WINDOW: gl.constexpr,
     SOFTCAP: gl.constexpr,
     NARROW_P: gl.constexpr,
     ROW_BLOCK: gl.constexpr,
@@ -453,7 +493,7 @@ def hopper_prefill_kernel(
     BOX: gl.constexpr = k_desc.block_shape[1]
     cfg = Config(
         HEAD_SIZE, BLOCK_N, PAGE, BOX, GROUP, PACK, HEAD_TILES, CONSUMERS, STAGES,
-        CAUSAL, WINDOWED, SOFTCAP, NARROW_P, ROW_BLOCK,
+        CAUSAL, WINDOWED, WIDE_WINDOW, SOFTCAP, NARROW_P, ROW_BLOCK,
     )  # fmt: skip
     batch = Batch(
         output, output_token_stride, output_head_stride, work, max_items, long_seq,

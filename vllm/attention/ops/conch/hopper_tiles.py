@@ -15,6 +15,9 @@ PANEL = gl.constexpr(64)
 # int32 fields of a work item: sequence, query tile, first query row, query length,
 # sequence length; the rest is not ours.
 ITEM_FIELDS = gl.constexpr(8)
+# Which ends of the keys that a row sees may lie in a tile.
+MASK_UPPER = gl.constexpr(1)
+MASK_LOWER = gl.constexpr(2)
 
 
 @gluon.constexpr_function
@@ -82,6 +85,7 @@ class Config:
     STAGES: gl.constexpr
     CAUSAL: gl.constexpr
     WINDOWED: gl.constexpr
+    UPPER: gl.constexpr
     SOFTCAP: gl.constexpr
     NARROW_P: gl.constexpr
     ROW_BLOCK: gl.constexpr
@@ -106,6 +110,7 @@ class Config:
         stages,
         causal,
         windowed,
+        wide_window,
         softcap,
         narrow_p,
         row_block,
@@ -124,6 +129,13 @@ class Config:
         self.STAGES = gl.constexpr(stages)
         self.CAUSAL = gl.constexpr(causal)
         self.WINDOWED = gl.constexpr(windowed)
+        # How to mask the first tiles of an item: no row's window begins in them if it
+        # is wide.
+        self.UPPER = gl.constexpr(
+            MASK_UPPER.value
+            if wide_window or not windowed
+            else MASK_UPPER.value | MASK_LOWER.value
+        )
         self.SOFTCAP = gl.constexpr(softcap)
         self.NARROW_P = gl.constexpr(narrow_p)
         self.ROW_BLOCK = gl.constexpr(row_block)
