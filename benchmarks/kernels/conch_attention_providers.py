@@ -28,8 +28,8 @@ LAYOUT_NAMES = {
     "nhd": "NHD",
     "hnd": "HND",
     "interleaved": "interleaved",
-    "packed": "packed_HND",
-    "packed_nhd": "packed_NHD",
+    "packed": "packed_NHD",  # as vLLM 0.33 keeps its cache
+    "packed_hnd": "packed_HND",
 }
 
 
