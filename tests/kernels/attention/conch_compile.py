@@ -124,11 +124,13 @@ def compile_on_all(compile_one: Callable[[str], object]) -> dict[str, object]:
 
     It must be a function of a module and return what JSON can carry.
     """
-    # An empty list of devices keeps vLLM from replacing triton where there is no GPU.
-    env = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     function = [compile_one.__code__.co_filename, compile_one.__name__]
     command = [sys.executable, "-m", __name__, *function]
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    # An empty list of devices keeps vLLM from replacing triton where there is no GPU.
+    env = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory() as cache:
+        env["TRITON_CACHE_DIR"] = cache
+        result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 

@@ -26,11 +26,12 @@ from vllm.attention.ops.conch import reshape_and_cache
 from vllm.attention.ops.conch.plan import this_device
 from vllm.attention.ops.conch.reshape_and_cache import (
     LARGE_TILE,
-    LARGE_TILE_MIN_PROGRAMS,
     SMALL_TILE,
     Tile,
+    min_large_tokens,
     plan_tile,
     reshape_and_cache_kernel,
+    warm_up,
 )
 
 NUM_UNITS = this_device(torch.empty(0, device=DEVICE).device.index).num_units
@@ -250,10 +251,12 @@ def test_many_tokens(
 ) -> None:
     """Enough tokens for the large tile, and a number that it does not divide."""
     row_size = num_kv_heads * head_size
-    enough = LARGE_TILE * LARGE_TILE_MIN_PROGRAMS * NUM_UNITS // row_size + 1
-    num_tokens = enough + 1 - enough % 2
+    fewest = min_large_tokens(row_size, NUM_UNITS)
+    num_tokens = fewest + 1 - fewest % 2
     tile = plan_tile(num_tokens, row_size, NUM_UNITS)
     assert tile.tokens * tile.elements == LARGE_TILE
+    tile = plan_tile(fewest - 1, row_size, NUM_UNITS)
+    assert tile.tokens * tile.elements == SMALL_TILE
     check(
         make_write(
             num_tokens,
@@ -520,16 +523,48 @@ def test_launches_of_all_alignments() -> None:
         check(replace(aligned, value=key))
 
 
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn], ids=str)
+def test_warm_up_writes_nothing(cache_dtype: torch.dtype | None) -> None:
+    write = make_write(5, cache_dtype=cache_dtype, layout="packed_NHD")
+    before = storage(write.key_cache).clone()
+    warm_up(write.key_cache, write.value_cache, torch.float16)
+    assert torch.equal(storage(write.key_cache), before)
+
+
 @gpu_only
-def test_two_variants_serve_all_numbers_of_tokens() -> None:
+@pytest.mark.parametrize("layout", ["NHD", "packed_HND"])
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn], ids=str)
+def test_nothing_compiles_after_warm_up(
+    cache_dtype: torch.dtype | None, layout: str
+) -> None:
+    """Two variants serve all numbers of tokens, and contiguous and fused rows."""
+
     def compiled() -> int:
         caches = reshape_and_cache_kernel.device_caches[torch.cuda.current_device()]
         return len(caches[0])
 
+    options = {"num_kv_heads": 8, "head_size": 128, "block_size": 80}
+    options |= {"cache_dtype": cache_dtype, "layout": layout}
+    options |= {"scales": (0.5, 2.0) if cache_dtype else None}
+    write = make_write(5, **options)
     before = compiled()
+    warm_up(
+        write.key_cache,
+        write.value_cache,
+        torch.float16,
+        k_scale=write.k_scale,
+        v_scale=write.v_scale,
+    )
+    warm = compiled()
+    assert warm - before <= 2
     for num_tokens in (1, 2, 3, 16, 17, 100, 1024, 5000, 8192):
-        make_write(num_tokens, num_kv_heads=8, head_size=128, block_size=80).run()
-    assert compiled() - before == 2
+        write = make_write(num_tokens, **options)
+        write.run()
+        key, value = write.key.contiguous(), write.value.contiguous()
+        replace(write, key=key, value=value).run()
+        slots = torch.cat([write.slot_mapping, write.slot_mapping])[num_tokens // 2 :]
+        replace(write, slot_mapping=slots[:num_tokens]).run()
+    assert compiled() == warm
 
 
 @gpu_only

@@ -18,8 +18,14 @@ from tests.kernels.attention.conch_compile import (
 )
 
 BF16 = torch.bfloat16
-WIDE_LOADS = {"cuda": "LDG.E.EF.128", "hip": "buffer_load_dwordx4"}
-WIDE_STORES = {"cuda": "STG.E.128", "hip": "buffer_store_dwordx4"}
+WIDE_LOADS = {
+    "cuda": {"LDG.E.128", "LDG.E.EF.128"},
+    "hip": {"global_load_dwordx4", "buffer_load_dwordx4"},
+}
+WIDE_STORES = {
+    "cuda": {"STG.E.128"},
+    "hip": {"global_store_dwordx4", "buffer_store_dwordx4"},
+}
 
 
 def fp8_cache(name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -103,15 +109,17 @@ def compile_quantize(name: str, mode: str) -> Resources:
 
 
 def compile_all(name: str) -> dict[str, Resources]:
+    """Everything for the GPUs that are tuned for, the essential for the others."""
     native = torch.float8_e4m3fnuz if name == "gfx942" else torch.float8_e4m3fn
-    return {
+    found = {
         "copy": compile_cache_write(name, None),
         "copy_fp8": compile_cache_write(name, native),
-        **{
-            mode: compile_quantize(name, mode)
-            for mode in ("static", "absmax", "dynamic", "per_token")
-        },
+        "per_token": compile_quantize(name, "per_token"),
     }
+    if name in ("sm90", "gfx942"):
+        for mode in ("static", "absmax", "dynamic"):
+            found[mode] = compile_quantize(name, mode)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -126,19 +134,16 @@ def compiled() -> dict[str, dict[str, Resources]]:
 @pytest.mark.parametrize("name", TARGETS)
 def test_resources(name: str, compiled: dict[str, dict[str, Resources]]) -> None:
     backend = TARGETS[name].backend
-    load, store = WIDE_LOADS[backend], WIDE_STORES[backend]
     for kernel, found in compiled[name].items():
         assert found.spilled_bytes == 0, (kernel, found)
         assert found.registers <= 64, (kernel, found)
-        wide = {load, load.replace(".EF", "")}
-        assert wide & found.loads.keys(), (kernel, found)
-    assert store in compiled[name]["copy"].stores, compiled[name]["copy"]
-    if backend == "cuda":
-        for kernel in ("copy", "static", "absmax", "dynamic", "per_token"):
+        assert WIDE_LOADS[backend] & found.loads.keys(), (kernel, found)
+        if backend == "cuda" and kernel != "copy_fp8":
             # Three quarters of the threads of a multiprocessor at once.
-            assert compiled[name][kernel].registers <= 40, kernel
-        for kernel in ("copy_fp8", "static", "dynamic", "per_token"):
-            assert store in compiled[name][kernel].stores, compiled[name][kernel]
+            assert found.registers <= 40, (kernel, found)
+        # A wavefront of 64 spreads the fp8 of a tile more thinly.
+        if kernel == "copy" or (backend == "cuda" and kernel != "absmax"):
+            assert WIDE_STORES[backend] & found.stores.keys(), (kernel, found)
 
 
 @pytest.mark.parametrize("name", ["sm89", "sm90", "sm100", "sm120", "gfx942", "gfx950"])

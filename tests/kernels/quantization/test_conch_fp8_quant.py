@@ -229,6 +229,24 @@ def test_results_repeat(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_scratch_may_hold_anything(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maxima pass over NaN, the usual poison, but not over a large number."""
+    allocate = torch.empty
+
+    def full_of_large_numbers(*args, **kwargs) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(1e30) if tensor.dtype == torch.float32 else tensor
+
+    x = random(5, 300)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", full_of_large_numbers)
+        output, scales = quantize(x, mode)
+    expected, expected_scales = definition(x, mode, E4M3, 0.3)
+    assert torch.equal(scales.cpu(), expected_scales)
+    assert torch.equal(bits(output), bits(expected))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_padding(mode: str) -> None:
     """More rows than tokens, as vLLM's scaled_mm asks for."""
     x = random(5, 64)

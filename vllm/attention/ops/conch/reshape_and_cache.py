@@ -133,6 +133,11 @@ def reshape_and_cache_kernel(
     )
 
 
+def min_large_tokens(row_size: int, num_units: int) -> int:
+    """The fewest tokens that get the large tile; arguments as in `plan_tile`."""
+    return triton.cdiv(LARGE_TILE * LARGE_TILE_MIN_PROGRAMS * num_units, row_size)
+
+
 def plan_tile(num_tokens: int, row_size: int, num_units: int) -> Tile:
     """Chooses one of the two tiles that exist for a row of this size.
 
@@ -146,8 +151,7 @@ def plan_tile(num_tokens: int, row_size: int, num_units: int) -> Tile:
         elements //= 2
     if -row_size % elements > MAX_PADDING * row_size:  # such as one head of 80
         elements = min(SMALL_TILE, triton.next_power_of_2(row_size))
-    large = num_tokens * row_size >= LARGE_TILE * LARGE_TILE_MIN_PROGRAMS * num_units
-    if large:
+    if num_tokens >= min_large_tokens(row_size, num_units):
         return Tile(LARGE_TILE // elements, elements, num_warps=8)
     return Tile(SMALL_TILE // elements, elements, num_warps=4)
 
@@ -292,3 +296,39 @@ def reshape_and_cache(
         key_cache = storage_view(key_cache)
         value_cache = storage_view(value_cache)
     launch(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+
+
+def warm_up(
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """Compiles all that `reshape_and_cache` can need for these caches; writes nothing.
+
+    Args:
+        key_cache: As in `reshape_and_cache`.
+        value_cache: As in `reshape_and_cache`.
+        dtype: Of the keys to come.
+        k_scale: None if it will be None, and otherwise any scale.
+        v_scale: The same for values.
+    """
+    _, _, num_kv_heads, head_size = key_cache.shape
+    device = key_cache.device
+    num_units = this_device(device.index).num_units
+    # One row for all tokens: only the number of tokens chooses the variant.
+    row = torch.zeros(1, num_kv_heads, head_size, dtype=dtype, device=device)
+    for num_tokens in (1, min_large_tokens(num_kv_heads * head_size, num_units)):
+        rows = row.expand(num_tokens, -1, -1)
+        no_slots = torch.full((num_tokens,), -1, dtype=torch.int64, device=device)
+        reshape_and_cache(
+            rows,
+            rows,
+            key_cache,
+            value_cache,
+            no_slots,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
