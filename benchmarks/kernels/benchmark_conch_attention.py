@@ -186,14 +186,18 @@ class Floors:
 CASE_FIELDS = ("case", "heads", "dtype", "kv_dtype", "page", "layout")
 FIELDS = (
     *CASE_FIELDS,
+    *("num_seqs", "query_len", "seq_len"),
     *("provider", "us", "TFLOP/s", "TB/s", "floor_us", "of_floor"),
     *("vs_fa3", "vs_triton", "host_us", "max_error", "note"),
 )
-WIDTHS = {"case": 20, "heads": 9, "dtype": 0, "kv_dtype": 8, "page": 4, "layout": 0}
-WIDTHS |= {"provider": 14, "floor_us": 0, "note": 4}
+HIDDEN = ("dtype", "layout", "num_seqs", "query_len", "seq_len", "floor_us")
+WIDTHS = dict.fromkeys(HIDDEN, 0)
+WIDTHS |= {"case": 20, "heads": 9, "kv_dtype": 8, "page": 4, "provider": 14, "note": 4}
 
 
 def describe(case: Case, inputs: Inputs) -> dict[str, object]:
+    uniform = len(set(case.lengths)) == 1
+    query_len, seq_len = case.lengths[0]
     return {
         "case": case.name.partition("@")[0] + option_text(case),
         "heads": f"{case.num_query_heads}/{case.num_kv_heads}x{case.head_size}",
@@ -201,6 +205,10 @@ def describe(case: Case, inputs: Inputs) -> dict[str, object]:
         "kv_dtype": case.kv_dtype,
         "page": case.page,
         "layout": case.layout,
+        "num_seqs": len(case.lengths),
+        # Of a ragged batch: none.
+        "query_len": query_len if uniform else None,
+        "seq_len": seq_len if uniform else None,
     }
 
 
