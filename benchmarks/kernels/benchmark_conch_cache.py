@@ -7,33 +7,26 @@
     python benchmarks/kernels/benchmark_conch_cache.py --host     eager host time
     python benchmarks/kernels/benchmark_conch_cache.py --tune     tile sizes of CONCH
 
-Kernels are timed by replaying a CUDA graph of one call, the L2 flushed before every
-replay; the figure is the median, and providers take turns.  A provider is timed only
-if its result is right.  TB/s counts each byte that must be read or written once per
-pass: a scale found for a whole tensor takes two passes over the input.  Rows of the
-provider "floor" are an empty kernel (0 bytes) and a copy of the same bytes without
-slots, scales or checks.
+Kernels are timed as `conch_bench.py` says, each only if its result is right.  TB/s
+counts each byte that must be read or written once per pass: a scale found for a whole
+tensor takes two passes over the input.  Rows of the provider "floor" are a copy of the
+same bytes without slots, scales or checks; the head has an empty kernel.
 """
 
 import argparse
-import csv
 import importlib
 import importlib.util
-import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 
+import conch_bench as bench
 import torch
 
-import vllm
 from vllm.triton_utils import tl, triton
 
 NUM_KV_HEADS, HEAD_SIZE = 8, 128
 FP8 = torch.float8_e4m3fn
-FLUSH_BYTES = 2**28
 SCALE = 0.5
 
 
@@ -207,7 +200,9 @@ class Quantization:
         once = copy_launch(source, target)
         if self.op != "per_tensor":
             return once
-        read = read_launch(source)
+        read = bench.read_call(
+            source.view(torch.int32), source.nbytes, bench.READ_CONFIGS[0]
+        )
         return lambda: (read(), once())
 
     def reset(self) -> None:
@@ -231,25 +226,10 @@ class Quantization:
 
 
 @triton.jit
-def empty_kernel(x_ptr):
-    pass
-
-
-@triton.jit
 def copy_kernel(target_ptr, source_ptr, size, TILE: tl.constexpr):
     offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     x = tl.load(source_ptr + offset, mask=offset < size)
     tl.store(target_ptr + offset, x.to(target_ptr.dtype.element_ty), mask=offset < size)
-
-
-@triton.jit
-def read_kernel(target_ptr, source_ptr, size, TILE: tl.constexpr):
-    largest = tl.zeros([TILE], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(size, TILE), tl.num_programs(0)):
-        offset = tile * TILE + tl.arange(0, TILE)
-        x = tl.load(source_ptr + offset, mask=offset < size, other=0.0)
-        largest = tl.maximum(largest, x.to(tl.float32))
-    tl.store(target_ptr + tl.program_id(0), tl.max(largest, 0))
 
 
 def copy_launch(source: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
@@ -257,66 +237,6 @@ def copy_launch(source: torch.Tensor, target: torch.Tensor) -> Callable[[], None
     grid = (triton.cdiv(source.numel(), tile),)
     arguments = (target, source, source.numel(), tile)
     return lambda: copy_kernel[grid](*arguments, num_warps=tile // 512)
-
-
-def read_launch(source: torch.Tensor) -> Callable[[], None]:
-    programs = min(1024, triton.cdiv(source.numel(), 4096))
-    target = torch.empty(programs, device="cuda")
-    arguments = (target, source, source.numel(), 4096)
-    return lambda: read_kernel[(programs,)](*arguments, num_warps=8)
-
-
-@cache
-def flush_buffer() -> torch.Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-
-
-def capture(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A graph of one call, compiled and run before."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
-
-
-def replay_us(graph: torch.cuda.CUDAGraph, repeats: int, warm_l2: bool) -> list[float]:
-    """Microseconds of each replay."""
-    pairs = []
-    for _ in range(repeats):
-        if not warm_l2:
-            flush_buffer().zero_()
-        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        pair[0].record()
-        graph.replay()
-        pair[1].record()
-        pairs.append(pair)
-    torch.cuda.synchronize()
-    return [1e3 * begin.elapsed_time(end) for begin, end in pairs]
-
-
-def median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else math.nan
-
-
-def host_us(call: Callable[[], None], repeats: int = 300) -> float:
-    """Microseconds until an eager call returns."""
-    for _ in range(20):
-        call()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        times.append((time.perf_counter() - begin) / repeats * 1e6)
-        torch.cuda.synchronize()
-    return median(times)
 
 
 def make(case: Case) -> CacheWrite | Quantization:
@@ -329,7 +249,7 @@ def prepare(work: CacheWrite | Quantization, provider: str) -> Callable | str:
     try:
         call = getattr(work, provider)()
         call()
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize()
         if provider != "floor":
             work.check()
     except AssertionError as error:
@@ -347,20 +267,17 @@ def measure(case: Case, options: argparse.Namespace) -> list[dict]:
         name: prepare(work, name) for name in options.providers if hasattr(work, name)
     }
     graphs = {
-        n: capture(call) for n, call in calls.items() if not isinstance(call, str)
+        n: bench.capture(call) for n, call in calls.items() if not isinstance(call, str)
     }
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(options.rounds):
-        for name, graph in graphs.items():
-            times[name] += replay_us(graph, options.repeats, options.warm_l2)
+    times = bench.take_turns(graphs, options.budget_ms, options.warm_l2)
     rows = []
     for name, call in calls.items():
         row = asdict(case) | {"provider": name, "us": "", "TB/s": "", "note": ""}
         if isinstance(call, str):
             row["note"] = call.splitlines()[0]
         else:
-            us = median(times[name])
-            row |= {"us": round(us, 2), "TB/s": round(case.bytes / us / 1e6, 3)}
+            us = times[name]
+            row |= {"us": us, "TB/s": case.bytes / us / 1e6}
         rows.append(row)
     return rows
 
@@ -371,7 +288,7 @@ def measure_host(case: Case, options: argparse.Namespace) -> list[dict]:
     for name in options.providers:
         call = prepare(work, name) if hasattr(work, name) else None
         if callable(call) and name != "floor":
-            row = asdict(case) | {"provider": name, "host us": round(host_us(call), 2)}
+            row = asdict(case) | {"provider": name, "host us": bench.host_us(call)}
             rows.append(row)
     return rows
 
@@ -399,10 +316,6 @@ def measure_tiles(case: Case, options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def show(row: dict, widths: dict[str, int]) -> None:
-    print("  ".join(str(row[k]).rjust(w) for k, w in widths.items()), flush=True)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -415,8 +328,10 @@ def parse_arguments() -> argparse.Namespace:
         "cache", "static", "per_tensor", "per_token",
     ])  # fmt: skip
     parser.add_argument("--csv", type=Path, help="write the table there too")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=25, help="replays per round")
+    parser.add_argument(
+        "--budget-ms", type=float, default=20.0, help="replays of a case and provider"
+    )
+    parser.add_argument("--commit", help="for the table's head; default: asks git")
     parser.add_argument(
         "--providers",
         type=lambda text: text.split(","),
@@ -430,12 +345,6 @@ def main() -> None:
     options = parse_arguments()
     if not torch.cuda.is_available():
         raise SystemExit("This benchmark needs a GPU.")
-    properties = torch.cuda.get_device_properties(0)
-    print(
-        f"{properties.name}, {properties.multi_processor_count} multiprocessors; "
-        f"torch {torch.__version__}, triton {triton.__version__}, "
-        f"vllm {vllm.__version__}"
-    )
     selected = [c for c in cases(options.quick) if options.op in (None, c.op)]
     measure_case, figures = measure, ("us", "TB/s", "note")
     if options.host:
@@ -449,30 +358,16 @@ def main() -> None:
             for dtype in ("bf16", "fp8")
             for rows in (64, 256, 1024, 2048, 4096, 16384, 65536)
         ]
-    else:
-        tiny = torch.empty(1, device="cuda")
-        empty = capture(lambda: empty_kernel[(1,)](tiny))
-        print(f"empty kernel: {median(replay_us(empty, 50, options.warm_l2)):.2f} us")
     fields = [*Case.__dataclass_fields__, "provider", *figures]
-    widths = {name: max(len(name), 7) for name in fields} | {"provider": 11, "op": 10}
-    show(dict(zip(fields, fields)), widths)
-    rows = []
+    head = bench.environment(options.commit)
+    head["L2"] = "warm" if options.warm_l2 else "flushed"
+    head["empty kernel"] = f"{bench.empty_us(options.warm_l2):.2f} us"
+    widths = {"provider": 11, "op": 10, "note": 4}
+    table = bench.Table(fields, head, options.csv, widths)
     for case in selected:
         for row in measure_case(case, options):
-            show(row, widths)
-            rows.append(row)
-    if options.csv:
-        versions = {
-            "device": properties.name,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "vllm": vllm.__version__,
-        }
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*fields, *versions])
-            writer.writeheader()
-            writer.writerows(row | versions for row in rows)
-    wrong = [row for row in rows if str(row.get("note", "")).startswith("WRONG")]
+            table.add(row)
+    wrong = [row for row in table.rows if str(row.get("note", "")).startswith("WRONG")]
     if any(row["provider"] == "conch" for row in wrong):
         raise SystemExit("CONCH's result is wrong: see the notes.")
 
