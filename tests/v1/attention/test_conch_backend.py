@@ -62,6 +62,8 @@ BATCHES = {
     "verify": [(4, 30), (4, 1), (2, 17)],
 }
 MAX_MODEL_LEN = 256
+# On a GPU enough for the cache write that is made for many tokens.
+MAX_NUM_TOKENS = 65536 if ON_GPU else 192
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 4, 2, 32, 16
 
 
@@ -76,7 +78,7 @@ def make_config(
         max_model_len=MAX_MODEL_LEN, is_mm_prefix_lm=False, dtype=dtype
     )
     config.scheduler_config.max_num_seqs = 8
-    config.scheduler_config.max_num_batched_tokens = 192
+    config.scheduler_config.max_num_batched_tokens = MAX_NUM_TOKENS
     config.compilation_config.cudagraph_mode = cudagraph_mode
     if num_speculative_tokens is not None:
         config.speculative_config = SimpleNamespace(
@@ -136,9 +138,14 @@ class Engine:
         self.query_start_loc = torch.zeros(9, dtype=torch.int32, device=DEVICE)
         self.seq_lens = torch.zeros(8, dtype=torch.int32, device=DEVICE)
         self.block_table = torch.full(
-            (8, MAX_MODEL_LEN // BLOCK_SIZE), 2**30, dtype=torch.int32, device=DEVICE
+            (8, MAX_MODEL_LEN // BLOCK_SIZE + 1),
+            2**30,
+            dtype=torch.int32,
+            device=DEVICE,
         )
-        self.slot_mapping = torch.full((192,), -1, dtype=torch.int64, device=DEVICE)
+        self.slot_mapping = torch.full(
+            (MAX_NUM_TOKENS,), -1, dtype=torch.int64, device=DEVICE
+        )
 
     def make_impl(self, kv_cache_dtype: str, **options: Any) -> ConchAttentionImpl:
         default_dtype = torch.get_default_dtype()
@@ -568,7 +575,7 @@ def test_warm_up_leaves_the_cache_alone(kv_cache_dtype: str) -> None:
     engine = Engine(kv_cache_dtype=kv_cache_dtype)
     (layer,) = engine.layers
     before = [cache.clone().view(torch.uint8) for cache in layer.caches]
-    layer.impl.warm_up(layer)
+    layer.impl.run_dummy_batches(layer)
     for cache, old in zip(layer.caches, before):
         assert torch.equal(cache.contiguous().view(torch.uint8), old)
 
@@ -591,7 +598,6 @@ def test_nothing_compiles_after_warm_up(
     )
     for layer in engine.layers:
         layer.impl.warm_up(layer)
-    engine.step(BATCHES["decode"])  # the builder's own kernels
     compiled: list[str] = []
 
     def record(**event: Any) -> None:
@@ -601,6 +607,7 @@ def test_nothing_compiles_after_warm_up(
     for lengths in (*BATCHES.values(), [(1, 0)], [(190, 1)], [(16, 0), (17, 1)]):
         engine.step(lengths)
         engine.step(lengths, padded_reqs=2, padded_tokens=1)
+    engine.step([(1, 5)], padded_tokens=MAX_NUM_TOKENS - 1)
     assert not compiled
 
 
@@ -622,7 +629,7 @@ def test_schedules_are_made_for_the_group_and_the_configuration() -> None:
     engine = Engine(num_speculative_tokens=3)
     (schedule,) = engine.builder.schedules.values()
     assert schedule.max_num_seqs == 8
-    assert schedule.max_num_tokens == 192
+    assert schedule.max_num_tokens == MAX_NUM_TOKENS
     assert schedule.decode_query_len == engine.builder.decode_query_len == 4
 
 
@@ -673,9 +680,14 @@ UNSUPPORTED = [
     ({"use_pcp": True}, "PCP not supported"),
     ({"use_dcp": True}, "DCP not supported"),
     ({"use_rswa": True}, "R-SWA not supported"),
-    ({"attn_type": AttentionType.ENCODER}, "attention type encoder not supported"),
-    ({"attn_type": AttentionType.ENCODER_ONLY}, "attention type encoder_only not"),
-    ({"attn_type": AttentionType.ENCODER_DECODER}, "attention type encoder_decoder"),
+    *(
+        ({"attn_type": attn_type}, f"attention type {attn_type} not supported")
+        for attn_type in (
+            AttentionType.ENCODER,
+            AttentionType.ENCODER_ONLY,
+            AttentionType.ENCODER_DECODER,
+        )
+    ),
 ]
 
 
@@ -747,7 +759,7 @@ def test_layer_refuses_with_every_reason() -> None:
         )
     for reason in (
         "kv_cache_dtype fp8_inc not supported",
-        "attention type encoder_only not supported",
+        f"attention type {AttentionType.ENCODER_ONLY} not supported",
         "ALiBi not supported",
         "sinks not supported",
         "chunk_lookback not supported",

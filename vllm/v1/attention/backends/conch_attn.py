@@ -18,11 +18,9 @@ from vllm.attention.ops.conch import (
     reshape_and_cache,
     varlen_attention,
 )
-from vllm.config import (
-    CUDAGraphMode,
-    VllmConfig,
-    get_current_vllm_config,
-)
+from vllm.attention.ops.conch.plan import this_device
+from vllm.attention.ops.conch.reshape_and_cache import min_large_tokens
+from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.conch_base import (
@@ -46,8 +44,8 @@ from vllm.v1.attention.backends.conch_base import (
 MIN_HEAD_SIZE = 16
 MAX_HEAD_SIZE = 512
 
-# Longest queries of the batches that warm-up runs: one for every variant that the
-# plan may choose. Longer queries than the last need no other variant.
+# A query length for every variant of the attention kernels that a plan may choose;
+# longer ones than the last need no other.
 WARM_UP_QUERY_LENS = (1, 2, 4, 8, 16, 32)
 
 # Query heads and sliding window: layers of one group that agree share a schedule.
@@ -454,25 +452,34 @@ class ConchAttentionImpl(ConchImplBase):
         )
 
     def warm_up(self, layer: AttentionLayer) -> None:
-        """Runs dummy batches that between them need every kernel of this layer.
+        if not bound_kv_cache(layer).is_cpu:  # the interpreter compiles nothing
+            self.run_dummy_batches(layer)
+
+    def run_dummy_batches(self, layer: AttentionLayer) -> None:
+        """Runs batches that between them need every kernel of this layer.
 
         They read the page that vLLM keeps free of data and write to no slot.
         """
         kv_cache = bound_kv_cache(layer)
-        if kv_cache.numel() == 0:
-            return
         block_size = self.key_value_caches(kv_cache)[0].shape[1]
         schedule = self.make_schedule(block_size, kv_cache.device)
         causal_modes = (True, False) if attends_both_ways(self.vllm_config) else (True,)
-        decode_query_len = max_decode_query_len(self.vllm_config)
-        query_lens = {max(length, decode_query_len) for length in WARM_UP_QUERY_LENS}
         for query_len, causal, packed in product(
-            sorted(query_lens), causal_modes, (False, True)
+            self.warm_up_query_lens(kv_cache.device), causal_modes, (False, True)
         ):
             if query_len <= schedule.max_num_tokens:
                 self.run_dummy_batch(
                     layer, kv_cache, schedule, query_len, causal, packed
                 )
+
+    def warm_up_query_lens(self, device: torch.device) -> list[int]:
+        """Lengths of a query, one for every choice that kernels make by it."""
+        shortest = max_decode_query_len(self.vllm_config)
+        many_to_write = min_large_tokens(
+            self.num_kv_heads * self.head_size, this_device(device.index).num_units
+        )
+        lengths = (*WARM_UP_QUERY_LENS, many_to_write)
+        return sorted({max(length, shortest) for length in lengths})
 
     def run_dummy_batch(
         self,
@@ -513,7 +520,7 @@ class ConchAttentionImpl(ConchImplBase):
         def integers(*values: int) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int32, device=device)
 
-        max_blocks = -(-self.vllm_config.model_config.max_model_len // 16)
+        max_blocks = -(-query_len // schedule.shape.block_size)
         metadata = ConchAttentionMetadata(
             num_actual_tokens=query_len,
             max_query_len=query_len,
