@@ -109,7 +109,9 @@ def divide_to_fp8(
             x * reciprocal, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL
         )
         remainder = tl.fma(-quotient, scale, x)
-        quotient = tl.fma(remainder, reciprocal, quotient)
+        corrected = tl.fma(remainder, reciprocal, quotient)
+        # The correction of -0 is +0.
+        quotient = tl.where(quotient == 0.0, quotient, corrected)
     else:
         quotient = tl.div_rn(x, scale)
     return to_fp8(quotient, FP8, FP8_MAX, STORED)

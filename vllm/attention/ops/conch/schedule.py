@@ -10,11 +10,13 @@ import torch
 
 from vllm.triton_utils import tl, triton
 
+from .checks import reject
 from .decode import SEQUENCE_FIELDS, WORKER_FIELDS, decode_key_tiles, decode_rows
 from .plan import (
     MAX_DECODE_QUERY_LEN,
     AttentionPlan,
     Shape,
+    check_layer_shape,
     make_plan,
     this_device,
 )
@@ -255,6 +257,17 @@ class VarlenSchedule:
         self.shape = Shape(
             num_query_heads, num_kv_heads, head_size, block_size, query_dtype, kv_dtype
         )
+        at_least = dict(
+            max_num_seqs=max_num_seqs,
+            max_num_tokens=max_num_tokens,
+            decode_query_len=decode_query_len,
+            sliding_window=1 if sliding_window is None else sliding_window,
+            num_workers=1 if num_workers is None else num_workers,
+        )
+        for name, value in at_least.items():
+            if value < 1:
+                reject(name, value, "1 or more")
+        check_layer_shape(self.shape)
         self.sliding_window = sliding_window
         self.decode_query_len = decode_query_len
         self.portable = portable
@@ -280,7 +293,11 @@ class VarlenSchedule:
             triton.cdiv(self.max_items(max_num_tokens, max_num_seqs), LANES) * LANES,
             ITEM_FIELDS.value,
         )
-        slots = (2 * self.num_workers, plan.decode.block_m)
+        # Tiles of decode rows: in batches of decodes, and beside prefills.
+        block_m = max(
+            plan.decode.block_m, self.plan_for(MAX_DECODE_QUERY_LEN + 1).decode.block_m
+        )
+        slots = (2 * self.num_workers, block_m)
         self.partials = (
             scratch(*slots, self.shape.head_padded),
             scratch(*slots),
@@ -305,6 +322,18 @@ class VarlenSchedule:
         prefills = min(num_seqs, num_tokens // (self.decode_query_len + 1))
         return rows // plan.prefill.block_m + prefills
 
+    def check_lengths(self, name: str, tensor: torch.Tensor) -> None:
+        """Rejects what is not [n] int32 on the device, without gaps."""
+        if (
+            tensor.dtype != torch.int32
+            or tensor.dim() != 1
+            or tensor.device.type != self.device.type
+            or (tensor.shape[0] > 1 and tensor.stride(0) != 1)
+        ):
+            got = f"{tensor.dtype} {list(tensor.shape)} with strides "
+            got += f"{tensor.stride()} on {tensor.device}"
+            reject(name, got, f"contiguous torch.int32 [n] on {self.device}")
+
     def update(
         self,
         query_start_loc: torch.Tensor,
@@ -322,9 +351,14 @@ class VarlenSchedule:
             num_tokens: bound of the number of query tokens (host).
 
         Raises:
-            ValueError: if the batch is larger than the buffers.
+            ValueError: if the batch is larger than the buffers, or not of int32.
         """
+        self.check_lengths("query_start_loc", query_start_loc)
+        self.check_lengths("seq_lens", seq_lens)
         num_seqs = seq_lens.shape[0]
+        if query_start_loc.shape[0] != num_seqs + 1:
+            got = f"{query_start_loc.shape[0]} elements"
+            reject("query_start_loc", got, f"{num_seqs + 1}, one more than seq_lens")
         if num_seqs > self.max_num_seqs or num_tokens > self.max_num_tokens:
             raise ValueError(
                 f"a batch of {num_seqs} sequences and {num_tokens} tokens does not fit "
@@ -338,7 +372,8 @@ class VarlenSchedule:
             num_items = self.max_items(num_tokens, num_seqs)
         else:
             decode_query_len = ANY_QUERY_LEN
-        programs = triton.cdiv(self.num_workers, LANES) + triton.cdiv(num_items, LANES)
+        # All items, for a captured graph reads as many as its own batch had.
+        programs = triton.cdiv(self.num_workers, LANES) + self.items.shape[0] // LANES
         schedule_kernel[(programs,)](
             query_start_loc,
             seq_lens,

@@ -95,32 +95,25 @@ def load_tile(
 
 @triton.jit
 def page_and_slot(
-    block_row,
-    start,
-    keys_range,
-    MASKED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
+    block_row, start, keys_range, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
 ):
     """Where the keys of a tile lie: page number (int64) and slot in the page.
 
-    Entries of the block table for pages outside keys_range are not read.
+    Entries of the block table for pages outside keys_range are not read. Where a tile
+    is whole pages, indices are clamped rather than masked: a masked look-up would go
+    through shared memory.
     """
     lane = tl.arange(0, TILE)
     if BLOCK_SIZE % TILE == 0:  # the tile is part of one page
         page = tl.load(block_row + start // BLOCK_SIZE).to(tl.int64)
         slot = start % BLOCK_SIZE + lane
     elif TILE % BLOCK_SIZE == 0:  # the tile is some whole pages
-        first = start // BLOCK_SIZE
+        first = keys_range[0] // BLOCK_SIZE
+        last = tl.maximum((keys_range[1] - 1) // BLOCK_SIZE, first)
         page = tl.zeros([TILE], tl.int64)
         for i in tl.static_range(TILE // BLOCK_SIZE):
-            entry = first + i
-            needed = entry >= 0
-            if MASKED:
-                needed = (entry >= keys_range[0] // BLOCK_SIZE) & (
-                    entry * BLOCK_SIZE < keys_range[1]
-                )
-            number = tl.load(block_row + entry, mask=needed, other=0).to(tl.int64)
+            entry = tl.minimum(tl.maximum(start // BLOCK_SIZE + i, first), last)
+            number = tl.load(block_row + entry).to(tl.int64)
             page = tl.where(lane // BLOCK_SIZE == i, number, page)
         slot = lane % BLOCK_SIZE
     else:  # pages begin anywhere in the tile
@@ -235,9 +228,7 @@ def attend_tiles(
         dims_valid = dims < HEAD_SIZE
     for tile in tl.range(tiles[0], tiles[1]):
         start = tile * TILE
-        page, slot = page_and_slot(
-            block_row, start, keys_range, MASKED, BLOCK_SIZE, TILE
-        )
+        page, slot = page_and_slot(block_row, start, keys_range, BLOCK_SIZE, TILE)
         weights, decay, row_max, row_sum = weigh_tile(
             start, row_max, row_sum, query, position, key_ptr, page, slot, key_strides,
             keys_range, scales, window, CAUSAL, WINDOWED, SOFTCAP, MASKED, TILE,

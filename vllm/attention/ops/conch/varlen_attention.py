@@ -182,6 +182,11 @@ def layer_key(tensor: torch.Tensor | None) -> tuple | None:
     return tensor.dtype, tensor.device, tensor.shape[1:], tensor.stride()
 
 
+# From as many rows on Hopper's matrix units take V from shared memory, where fp8 has
+# been converted: pairs gain nothing.
+WGMMA_ROWS = 64
+
+
 def reads_pairs(query: TensorSpec, value_cache: TensorSpec) -> bool:
     """Whether V, in fp8, can be read as pairs of elements."""
     return (
@@ -231,25 +236,34 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         CAUSAL=options.causal,
         WINDOWED=options.sliding_window is not None,
         SOFTCAP=options.softcap > 0,
-        PAIRED_VALUES=reads_pairs(specs["query"], specs["value_cache"]),
     )
+    pairs = reads_pairs(specs["query"], specs["value_cache"])
     decode = Launch(
         decode_kernel,
         (options.num_workers,),
         arguments,
-        dict(NUM_KV_HEADS=shape.num_kv_heads, **variant, **plan.decode.constants()),
+        dict(
+            NUM_KV_HEADS=shape.num_kv_heads,
+            PAIRED_VALUES=pairs and plan.decode.block_m < WGMMA_ROWS,
+            **variant,
+            **plan.decode.constants(),
+        ),
     )
     prefill = Launch(
         prefill_kernel,
         (shape.num_query_heads // plan.prefill_pack,),
         arguments,
-        dict(PACK=plan.prefill_pack, **variant, **plan.prefill.constants()),
+        dict(
+            PACK=plan.prefill_pack,
+            PAIRED_VALUES=pairs and plan.prefill.block_m < WGMMA_ROWS,
+            **variant,
+            **plan.prefill.constants(),
+        ),
     )
     # TMA steps in units of 16 bytes.
     streamed = [specs[name] for name in ("query", "key_cache", "value_cache")]
     hopper = (
         plan.hopper
-        and options.softcap == 0
         and "k_scale" not in specs
         and "v_scale" not in specs
         and all(stride % 8 == 0 for spec in streamed for stride in spec.strides[:-1])
@@ -381,6 +395,7 @@ def varlen_attention(
             scale=scale,
             causal=causal,
             sliding_window=sliding_window,
+            softcap=softcap,
             output_lse=output_lse,
         )
     else:
