@@ -203,10 +203,9 @@ def _packed_hnd(nb: int, bs: int, h: int, d: int, new) -> tuple[torch.Tensor, ..
 
 
 def _unlike(nb: int, bs: int, h: int, d: int, new) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every stride of V differs from K's; pages of V are padded."""
-    return new(nb, bs, h, d), new(nb + 1, h + 1, bs + 2, d + 16)[
-        1:, 1:, 1:-1, :d
-    ].transpose(1, 2)
+    """Every stride of V differs from K's; NaN stands behind each row of both."""
+    value = new(nb + 1, h + 1, bs + 2, d + 16)[1:, 1:, 1:-1, :d]
+    return new(nb, bs, h, d + 32)[..., :d], value.transpose(1, 2)
 
 
 LAYOUTS = {

@@ -100,13 +100,14 @@ def test_head_ratios(num_query_heads, num_kv_heads, lengths):
 @pytest.mark.parametrize("head_size", [16, 32, 64, 80, 96, 112, 128, 192, 256, 512])
 def test_head_sizes(head_size, dtype):
     heads = {"num_query_heads": 4, "num_kv_heads": 1, "head_size": head_size}
-    check(make_batch([(1, 35), (4, 20), (20, 37)], **heads, dtype=dtype))
-    check(make_batch([(1, 35), (4, 20)], **heads, dtype=dtype))
+    for lengths in DECODE_AND_MIXED:
+        check(make_batch(lengths, **heads, dtype=dtype, layout="unlike"))
 
 
 @pytest.mark.parametrize("head_size", [24, 33, 40, 72, 120, 511])
 def test_uncommon_head_sizes(head_size):
-    check(make_batch([(1, 35), (20, 37)], head_size=head_size, dtype=HALF_DTYPES[-1]))
+    for lengths in DECODE_AND_MIXED:
+        check(make_batch(lengths, head_size=head_size, dtype=HALF_DTYPES[-1]))
 
 
 @pytest.mark.parametrize("query_len", [1, 20])
