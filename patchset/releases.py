@@ -10,7 +10,6 @@
     [relocate]                  overlay folders that lie elsewhere in this release
     [imports]                   "module:name" = "module": names imported from elsewhere
     [[edits]]                   see `patchset.edits.Edit`
-    [empty] requires            what building the pure-Python wheel takes
 
 `releases/<version>/vllm/...` are files that only this release gets. Another release is
 another such folder; no code changes.
@@ -40,7 +39,6 @@ class Release:
     edits: tuple[Edit, ...]
     relocate: dict[str, str] = dataclasses.field(default_factory=dict)
     imports: dict[str, str] = dataclasses.field(default_factory=dict)
-    empty_requires: tuple[str, ...] = ()
     default: bool = False
     verified: str = ""
 
@@ -60,12 +58,7 @@ def _load(directory: Path) -> Release:
     with path.open("rb") as file:
         data: dict[str, Any] = tomllib.load(file)
     edits = tuple(
-        Edit(
-            **{
-                **entry,
-                "reason": " ".join(entry["reason"].split()),
-            }
-        )
+        Edit(**entry | {"reason": " ".join(entry["reason"].split())})
         for entry in data.get("edits", [])
     )
     return Release(
@@ -75,7 +68,6 @@ def _load(directory: Path) -> Release:
         edits=edits,
         relocate=data.get("relocate", {}),
         imports=data.get("imports", {}),
-        empty_requires=tuple(data.get("empty", {}).get("requires", ())),
         default=data.get("default", False),
         verified=" ".join(data.get("verified", "").split()),
     )

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The command line, as a user runs it."""
+
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from patchset import version
+from patchset.releases import ROOT, supported
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run `python -m patchset`."""
+    command = [sys.executable, "-m", "patchset", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_releases_are_listed():
+    result = run("releases")
+    assert result.returncode == 0
+    for release in supported():
+        assert str(release.version) in result.stdout
+
+
+def test_a_tree_is_made_checked_patched_and_reverted(release, tmp_path):
+    folder = tmp_path / "tree"
+    made = run("tree", release.version, folder)
+    assert made.returncode == 0, made.stderr
+    assert (folder / "vllm/v1/attention/backends/conch_attn.py").exists()
+    assert "nothing to do" in run("apply", folder).stdout
+    reverted = run("apply", folder, "--revert")
+    assert reverted.returncode == 0
+    assert re.search(r"\n\d+ files changed\n", reverted.stdout)
+    assert not (folder / ".conch").exists()
+    checked = run("apply", folder, "--check")
+    assert checked.returncode == 0
+    assert "nothing was written" in checked.stdout
+    assert not (folder / ".conch").exists()
+
+
+def test_check_fails_where_apply_would(tree, release):
+    (tree / "PKG-INFO").unlink()
+    (tree / "PKG-INFO").write_text("Version: 0.12.0\n")
+    for arguments in (["--check"], []):
+        result = run("apply", tree, *arguments)
+        assert result.returncode == 1
+        assert "vLLM 0.12.0 is not supported; supported: " in result.stderr
+    other = next(r for r in supported() if r is not release)
+    result = run("apply", tree, "--check", "--release", other.version)
+    assert result.returncode == 1
+    assert "edit '" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["apply"], ["wheel", "--target", "tpu"], ["nonsense"]]
+)
+def test_wrong_usage_exits_with_2(arguments):
+    assert run(*arguments).returncode == 2
+
+
+def test_what_pip_builds_with_is_what_the_tool_takes():
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
+    lines = (ROOT / "requirements/tool.txt").read_text().splitlines()
+    tool = {str(Requirement(line)) for line in lines if line and line[0] != "#"}
+    assert {str(Requirement(line)) for line in build["requires"]} == tool
+
+
+def test_the_version_is_the_repositorys(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.splitlines()[-1] == version.conch_version()
+    assert run("--version").stdout == f"CONCH {version.conch_version()}\n"
+    assert (
+        f'"fallback_version": "{version.FALLBACK}"' in (ROOT / "setup.py").read_text()
+    )
+    combined = version.combined_version(Version("0.33.0"))
+    assert Version(str(combined)) > Version("0.33.0")
+    assert str(combined).startswith("0.33.0+conch")
+
+
+def test_a_copy_without_git_works(release, tmp_path):
+    """An sdist of this repository holds all that the tool needs, version included."""
+    from patchset import build
+
+    script = "import sys, patchset.build as b; print(b.build_sdist(sys.argv[1]))"
+    result = subprocess.run(
+        [sys.executable, "-c", script, tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert build.get_requires_for_build_wheel() == []
+    with tarfile.open(tmp_path / result.stdout.splitlines()[-1]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (copy,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert (copy / "releases" / str(release.version) / "release.toml").exists()
+    result = subprocess.run(
+        [sys.executable, "-m", "patchset", "--version"],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == f"CONCH {version.conch_version()}\n"
