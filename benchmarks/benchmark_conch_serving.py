@@ -12,7 +12,8 @@ at once and generates greedily. Columns: seconds until all is done, the same rel
 to --baseline, output tokens a second, median milliseconds between two steps in which
 every sequence got a token, and milliseconds until the first token.
 
-The cases come in order of importance; none is begun after --budget seconds. At the end
+The cases come in order of importance; none is begun after --budget seconds, and a
+backend is stopped --limit seconds after its start. What it measured counts. At the end
 each pair of backends is compared on a few prompts: log-probabilities of the prompt
 itself, tokens generated until the first that differs, and their log-probabilities.
 
@@ -20,11 +21,13 @@ Outputs: --out/serving.csv, and --out/BACKEND.json with everything a backend mea
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -152,6 +155,8 @@ def randomize(model: Any) -> int:
     import torch
 
     for name, weight in model.named_parameters():
+        if weight.dim() == 0:
+            continue  # a scale
         if weight.dim() == 1:
             weight.data.fill_(1.0)
             continue
@@ -310,7 +315,10 @@ def run_backend(backend: str, options: argparse.Namespace) -> None:
             result = asdict(measure(llm, case, vocabulary))
             found["results"].append(result)
             print(f"{backend} {result}", flush=True)
-        result_path(options.out, backend).write_text(json.dumps(found))
+        # At once: the process may be stopped at any time.
+        path = result_path(options.out, backend)
+        path.with_suffix(".part").write_text(json.dumps(found))
+        path.with_suffix(".part").replace(path)
 
 
 # ---------------------------------------------------------------- all backends
@@ -338,16 +346,22 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
         path.unlink(missing_ok=True)
         begin = time.perf_counter()
         with (options.out / f"{backend}.log").open("w") as log:
+            process = subprocess.Popen(
+                [*command, "--worker", backend],
+                env=defaults | os.environ,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
-                status: object = subprocess.run(
-                    [*command, "--worker", backend],
-                    env=defaults | os.environ,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    timeout=options.limit,
-                ).returncode
+                status: object = process.wait(options.limit)
             except subprocess.TimeoutExpired:
                 status = f"stopped after {options.limit:.0f} s"
+            finally:
+                # With the processes that it started; none if it ended by itself.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         seconds = time.perf_counter() - begin
         print(f"# {backend}: {seconds:.0f} s, exit status: {status}", flush=True)
         if status != 0:
@@ -461,10 +475,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--model", choices=MODELS, default="llama8b")
     parser.add_argument("--out", type=Path, help="default: a new temporary folder")
     parser.add_argument(
-        "--budget", type=float, default=90.0, help="seconds for a backend's cases"
+        "--budget", type=float, default=75.0, help="seconds for a backend's cases"
     )
     parser.add_argument(
-        "--limit", type=float, default=300.0, help="a backend is stopped after these"
+        "--limit", type=float, default=178.0, help="a backend is stopped after these"
     )
     parser.add_argument("--log-lines", type=int, default=15, help="shown of a failure")
     parser.add_argument(

@@ -426,7 +426,7 @@ def test_a_table_without_times_has_no_plot(tmp_path):
 
     path = tmp_path / "table.csv"
     bench.Table(benchmark.FIELDS, {}, path).add({"case": "q1k", "provider": "conch"})
-    with pytest.raises(SystemExit, match="no"):
+    with pytest.raises(SystemExit, match="row with a time"):
         plot_conch.main([str(path), "--out", str(tmp_path)])
 
 
