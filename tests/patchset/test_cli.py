@@ -74,7 +74,7 @@ def test_what_pip_builds_with_is_what_the_tool_takes():
     assert {str(Requirement(line)) for line in build["requires"]} == tool
 
 
-def test_the_version_is_the_repositorys(tmp_path):
+def test_the_version_is_that_of_the_repository(tmp_path):
     result = subprocess.run(
         [sys.executable, "setup.py", "--version"],
         cwd=ROOT,
