@@ -22,6 +22,12 @@ ACTIVATIONS = (
     "gelu_quick",
 )
 
+# Those that workers and the sampler call.
+CALLED = {
+    "init_cpu_memory_env(int[] nodes) -> ()": lambda nodes: None,
+    "greedy_argmax(Tensor logits) -> Tensor": lambda logits: logits.argmax(dim=-1),
+}
+
 _library = torch.library.Library("_C", "FRAGMENT")  # unregisters when collected
 
 
@@ -30,11 +36,11 @@ def define_missing_ops() -> None:
     for name in ACTIVATIONS:
         if not hasattr(torch.ops._C, name):
             _library.define(f"{name}(Tensor(a!) out, Tensor input) -> ()")
-    if not hasattr(torch.ops._C, "init_cpu_memory_env"):  # workers call it
-        _library.define("init_cpu_memory_env(int[] nodes) -> ()")
-        _library.impl(
-            "init_cpu_memory_env", lambda nodes: None, "CompositeExplicitAutograd"
-        )
+    for schema, function in CALLED.items():
+        name = schema.partition("(")[0]
+        if not hasattr(torch.ops._C, name):
+            _library.define(schema)
+            _library.impl(name, function, "CompositeExplicitAutograd")
 
 
 class InterpreterPlatform(CpuPlatform):

@@ -6,7 +6,9 @@ Every step goes the engine's way: persistent input buffers with garbage behind t
 batch, a metadata builder for a group of layers, then each layer's calls.
 """
 
+import gc
 import math
+import weakref
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
@@ -50,6 +52,7 @@ from vllm.v1.attention.backends.conch_base import (
     AttentionCGSupport,
     AttentionType,
     CommonAttentionMetadata,
+    bound_kv_cache,
     key_value_views,
 )
 
@@ -462,7 +465,9 @@ def test_small_mixed_graph_replays_any_batch() -> None:
 
 @pytest.mark.parametrize("num_speculative_tokens", [None, 3])
 def test_decode_graph_replays_decodes(num_speculative_tokens: int | None) -> None:
+    """Eight query heads a KV head: how they are packed depends on the query length."""
     engine = Engine(
+        [{"num_heads": 8 * NUM_KV_HEADS}],
         num_speculative_tokens=num_speculative_tokens,
         cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
     )
@@ -623,6 +628,19 @@ def test_views_of_a_cache_are_made_once() -> None:
     second = impl.key_value_caches(other)
     assert [view.data_ptr() for view in second] != [view.data_ptr() for view in first]
     assert all(view.dtype == current_platform.fp8_dtype() for view in first)
+
+
+def test_cache_is_freed_with_its_binding() -> None:
+    """The engine profiles with a cache of gigabytes that must not stay."""
+    engine = Engine()
+    engine.step(BATCHES["decode"])
+    (layer,) = engine.layers
+    del layer.caches
+    bound = weakref.ref(bound_kv_cache(layer))
+    bind_kv_cache(layer, torch.tensor([]))
+    gc.collect()
+    assert bound() is None
+    assert layer.impl.key_value is None
 
 
 def test_schedules_are_made_for_the_group_and_the_configuration() -> None:

@@ -7,6 +7,8 @@ configurations are supported, the metadata of a step, and the calls of a layer.
 conch_base.py holds what depends on the form of vLLM's interface.
 """
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar
@@ -335,8 +337,9 @@ class ConchAttentionImpl(ConchImplBase):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.schedule_key: ScheduleKey = (num_heads, sliding_window)
         self.vllm_config = get_current_vllm_config()
-        # The bound cache and its K and V views, which would cost every call anew.
-        self.kv_cache: torch.Tensor | None = None
+        # K and V views of the bound cache, which would cost every call anew. The
+        # engine gives up the cache that it profiles with, and so do these.
+        self.kv_cache: Callable[[], torch.Tensor | None] = lambda: None
         self.key_value: tuple[torch.Tensor, torch.Tensor] | None = None
 
         reasons = unsupported(
@@ -370,14 +373,18 @@ class ConchAttentionImpl(ConchImplBase):
         self, kv_cache: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V views of the layer's cache, in the dtype that its bytes stand for."""
-        if kv_cache is not self.kv_cache or self.key_value is None:
-            key_cache, value_cache = key_value_views(kv_cache, self.head_size)
+        if kv_cache is not self.kv_cache() or self.key_value is None:
+            # Views of .data: views of the tensor itself would keep it alive.
+            key_cache, value_cache = key_value_views(kv_cache.data, self.head_size)
             if self.fp8_dtype is not None:
                 key_cache = key_cache.view(self.fp8_dtype)
                 value_cache = value_cache.view(self.fp8_dtype)
-            self.kv_cache = kv_cache
             self.key_value = (key_cache, value_cache)
+            self.kv_cache = weakref.ref(kv_cache, self.forget_views)
         return self.key_value
+
+    def forget_views(self, _: Any) -> None:
+        self.key_value = None
 
     def write_kv_cache(
         self,
