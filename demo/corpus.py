@@ -1,9 +1,9 @@
 """The text that the demo's model learns from: paragraphs that a reader can judge.
 
 Everything here was written for this project. A paragraph is a prompt and the text that
-follows it; six kinds are drawn at random. All but the stories have one right
-continuation, and in "holders" it depends on a sentence far back in the prompt: wrong
-attention shows as a wrong answer.
+follows it; five kinds are drawn at random. All but the stories have one right
+continuation, and in "echoes" and in the names of a story it stands further back in the
+prompt: wrong attention shows as a wrong answer.
 """
 
 import random
@@ -68,26 +68,8 @@ def counts(rng: random.Random) -> Paragraph:
 
 def echoes(rng: random.Random) -> Paragraph:
     """A list of words, repeated."""
-    words = " ".join(rng.sample(THINGS + ANIMALS + PLACES, rng.randint(3, 8)))
+    words = " ".join(rng.sample(THINGS + ANIMALS + PLACES, rng.randint(3, 10)))
     return f"Say it again: {words}.", f" {words}."
-
-
-def holders(rng: random.Random) -> Paragraph:
-    """Things change hands; then a question asks where each of them is by now."""
-    people = rng.sample(NAMES, rng.randint(2, 5))
-    things = rng.sample(THINGS, len(people))
-    holder = dict(zip(things, people, strict=True))
-    sentences = [f"The {thing} is with {holder[thing]}." for thing in things]
-    for _ in range(rng.randint(0, 4)):
-        thing = rng.choice(things)
-        holder[thing] = rng.choice([name for name in people if name != holder[thing]])
-        sentences.append(f"Now the {thing} is with {holder[thing]}.")
-    rng.shuffle(things)
-    sentences.append(f"Where is the {things[0]}?")
-    answers = [f" The {things[0]} is with {holder[things[0]]}."]
-    for thing in things[1:]:
-        answers.append(f" The {thing} is with {holder[thing]}.")
-    return " ".join(sentences), "".join(answers)
 
 
 def facts(rng: random.Random) -> Paragraph:
@@ -120,7 +102,7 @@ def stories(rng: random.Random) -> Paragraph:
     )
 
 
-KINDS = {holders: 8, stories: 4, sums: 3, counts: 2, echoes: 2, facts: 1}
+KINDS = {echoes: 5, sums: 4, stories: 3, counts: 1, facts: 1}
 
 
 def paragraphs(seed: int) -> Iterator[Paragraph]:

@@ -30,10 +30,9 @@ else:
 
 PROMPTS = [
     "Once there was a fox, the fox Anna, who lived near the river.",
-    "The ball is with Ben. The map is with Cara. The key is with Hugo. Now the ball is "
-    "with Hugo. Now the key is with Cara. Now the ball is with Cara. Now the map is "
-    "with Ben. Where is the ball?",
-    "Say it again: river lamp owl harbour kite.",
+    "Once there was an owl, the owl Hugo, who lived near the harbour. One day the owl "
+    "Hugo met a cat, the cat Iris.",
+    "Say it again: river lamp owl harbour kite forest ring.",
     "Count down from 21:",
     "What is 17 plus 8?",
     "What is CONCH?",
