@@ -185,8 +185,9 @@ def draw_prefill(rows: list[Row], title: str) -> plt.Figure:
 
 def draw_decode(rows: list[Row], title: str) -> plt.Figure:
     panels = group_by(rows, "num_seqs")
-    if len(panels) > 1:  # a single context makes no line
-        panels = {k: g for k, g in panels.items() if len({r["seq_len"] for r in g}) > 1}
+    # A single context makes no line; drawn as a point if there is nothing else.
+    lines = {k: g for k, g in panels.items() if len({r["seq_len"] for r in g}) > 1}
+    panels = lines or panels
     figure, axes = make_panels(len(panels))
     for ax, (count,) in zip(axes, sorted(panels, key=lambda key: int(key[0]))):
         group = panels[count,]

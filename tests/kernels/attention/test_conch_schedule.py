@@ -3,6 +3,7 @@
 """VarlenSchedule: how work is cut must not show in the result, from step to step."""
 
 import dataclasses
+from random import Random
 
 import pytest
 import torch
@@ -146,3 +147,35 @@ def test_a_sequence_alone_and_in_a_batch(name):
         check(alone)
         # What the batch gave for these rows is right for the sequence alone.
         compare(alone, output[start:end], lse[start:end])
+
+
+@pytest.mark.parametrize("pack", [1, 3, 4, 5])
+@pytest.mark.parametrize("seed", range(5))
+def test_prefill_items_come_heaviest_first(seed, pack):
+    """Every tile of rows once, by the end of its keys; then nothing but empty items."""
+    random = Random(seed)
+    lengths = [
+        (query_len, query_len + random.choice([0, 0, 1, 16, 31, 90]))
+        for query_len in random.choices([0, 1, 2, 5, 17, 33, 64, 100], k=6)
+    ]
+    batch = make_batch(lengths, num_query_heads=2 * pack, num_kv_heads=2)
+    schedule = make_schedule(batch, portable=True)
+    schedule.items.fill_(12345)
+    schedule.update(
+        batch.query_start_loc,
+        batch.seq_lens,
+        max_query_len=100,
+        num_tokens=len(batch.query),
+    )
+    block_m = schedule.plan.prefill.block_m
+    tiles = []
+    for sequence, (query_len, seq_len) in enumerate(lengths):
+        start = int(batch.query_start_loc[sequence])
+        for tile in range(-(-query_len * pack // block_m) if query_len > 1 else 0):
+            tokens = min((tile + 1) * block_m // pack, query_len)
+            end = seq_len - query_len + tokens
+            tiles.append((-end, sequence, tile, start, query_len, seq_len))
+    expected = [item[1:] for item in sorted(tiles)]
+    items = [tuple(item[:5]) for item in schedule.items.tolist()]
+    assert items[: len(expected)] == expected
+    assert all(item[0] == -1 for item in items[len(expected) :])

@@ -133,22 +133,38 @@ def prefill_blocks(
 
 
 @triton.jit
+def count_heavier(
+    end, sequence_of, sequence, query_len, seq_len, blocks,
+    PACK: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """How many tiles of rows of some sequences come before each of some tiles.
+
+    A causal tile's work grows with its end, one past the last key that it sees. In a
+    sequence the ends grow from tile to tile, so those past a bound are counted without
+    looking at each. Of equal ends, that of the first sequence comes first.
+
+    Args:
+        end, sequence_of: [LANES] of the tiles.
+        sequence, query_len, seq_len, blocks: [BLOCK] of the sequences.
+    """
+    bound = end[:, None] - (sequence[None, :] < sequence_of[:, None]).to(tl.int32)
+    # Tile b ends (b + 1) * BLOCK_M // PACK tokens after the context, the last tile at
+    # seq_len.
+    tokens = tl.maximum(bound - (seq_len - query_len)[None, :] + 1, 0)
+    before = tl.maximum(tokens * PACK - 1, 0) // BLOCK_M
+    before = tl.minimum(before, (blocks - 1)[None, :])
+    before += (seq_len[None, :] <= bound).to(tl.int32)
+    return tl.sum(tl.where((blocks > 0)[None, :], blocks[None, :] - before, 0), 1)
+
+
+@triton.jit
 def schedule_prefill(
     query_start_loc_ptr, seq_lens_ptr, items_ptr,
     num_seqs, decode_query_len, first_item,
     PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Fills LANES prefill items, the last tiles of rows first: they see most keys."""
-    total = 0
-    for start in range(0, num_seqs, BLOCK):
-        _, _, query_len, _ = load_lengths(
-            query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
-        )
-        blocks = prefill_blocks(query_len, decode_query_len, PACK, BLOCK_M)
-        total += tl.sum(blocks)
-
+    """Puts LANES prefill items where they belong on a list with the heaviest first."""
     item = first_item + tl.arange(0, LANES)
-    block = total - 1 - item
     sequence_of = tl.full([LANES], -1, tl.int32)
     m_block = tl.zeros([LANES], tl.int32)
     query_start_of = tl.zeros([LANES], tl.int32)
@@ -160,17 +176,31 @@ def schedule_prefill(
             query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
         )
         blocks = prefill_blocks(query_len, decode_query_len, PACK, BLOCK_M)
-        end = line + tl.cumsum(blocks, 0)
-        match = (block[:, None] >= (end - blocks)[None, :]) & (block[:, None] < end[None, :])
+        last = line + tl.cumsum(blocks, 0)
+        match = (item[:, None] >= (last - blocks)[None, :]) & (item[:, None] < last[None, :])
         found = tl.sum(match.to(tl.int32), 1) > 0
         sequence_of = tl.where(found, pick(match, sequence), sequence_of)
-        m_block = tl.where(found, block - pick(match, end - blocks), m_block)
+        m_block = tl.where(found, item - pick(match, last - blocks), m_block)
         query_start_of = tl.where(found, pick(match, query_start), query_start_of)
         query_len_of = tl.where(found, pick(match, query_len), query_len_of)
         seq_len_of = tl.where(found, pick(match, seq_len), seq_len_of)
         line += tl.sum(blocks)
 
-    record = items_ptr + item * ITEM_FIELDS
+    last_token = tl.minimum((m_block * BLOCK_M + BLOCK_M) // PACK, query_len_of)
+    end = seq_len_of - query_len_of + last_token
+    rank = tl.zeros([LANES], tl.int32)
+    for start in range(0, num_seqs, BLOCK):
+        sequence, query_start, query_len, seq_len = load_lengths(
+            query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
+        )
+        blocks = prefill_blocks(query_len, decode_query_len, PACK, BLOCK_M)
+        rank += count_heavier(
+            end, sequence_of, sequence, query_len, seq_len, blocks, PACK, BLOCK_M
+        )
+
+    # Items past the last tile end the list.
+    place = tl.where(sequence_of >= 0, rank, item)
+    record = items_ptr + place * ITEM_FIELDS
     tl.store(record, sequence_of)
     tl.store(record + 1, m_block)
     tl.store(record + 2, query_start_of)
