@@ -540,7 +540,9 @@ def test_nothing_compiles_after_warm_up(
     """Two variants serve all numbers of tokens, and contiguous and fused rows."""
 
     def compiled() -> int:
-        caches = reshape_and_cache_kernel.device_caches[torch.cuda.current_device()]
+        caches = reshape_and_cache_kernel.device_caches[
+            torch.accelerator.current_device_index()
+        ]
         return len(caches[0])
 
     options = {"num_kv_heads": 8, "head_size": 128, "block_size": 80}

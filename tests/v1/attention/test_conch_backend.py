@@ -17,6 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.v1.attention.conch_release import (
+    KV_LAYOUTS,
+    AttentionSelectorConfig,
+    bind_kv_cache,
+    make_kv_cache,
+    make_spec,
+    run_layer,
+)
 
 from tests.kernels.attention.conch_harness import (  # noqa: F401
     DEVICE,
@@ -31,14 +39,6 @@ from tests.kernels.attention.conch_reference import (
     Attention,
     output_tolerance,
     paged_attention,
-)
-from tests.v1.attention.conch_release import (
-    KV_LAYOUTS,
-    AttentionSelectorConfig,
-    bind_kv_cache,
-    make_kv_cache,
-    make_spec,
-    run_layer,
 )
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform

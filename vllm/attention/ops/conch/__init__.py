@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""CONCH: attention over a paged KV cache, cache write and fp8 quantisation in Triton."""
+"""CONCH: attention over a paged KV cache, cache write, fp8 quantisation, in Triton."""
 
 from .reshape_and_cache import reshape_and_cache
 from .scaled_fp8_quant import scaled_fp8_quant

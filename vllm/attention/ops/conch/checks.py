@@ -9,7 +9,7 @@ and calls it with the `signature` of each tensor, which costs well under 1 us ea
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -26,6 +26,11 @@ class TensorSpec(NamedTuple):
 def signature(tensor: torch.Tensor) -> tuple:
     """The fields of `TensorSpec` as a plain tuple, which is quicker to make."""
     return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def specs_of(signatures: Sequence[tuple | None]) -> list[Any]:
+    """A `TensorSpec` for each signature, None for None."""
+    return [None if fields is None else TensorSpec(*fields) for fields in signatures]
 
 
 def reject(name: str, got: object, allowed: object, advice: str = "") -> NoReturn:

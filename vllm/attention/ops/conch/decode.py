@@ -47,22 +47,22 @@ def decode_key_tiles(
 
 
 @triton.jit
-def decode_rows(query_len, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+def decode_rows(
+    query_len, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """Number of decode rows of a sequence; row = m_block * NUM_KV_HEADS + KV head."""
     return tl.cdiv(query_len * GROUP, BLOCK_M) * NUM_KV_HEADS
 
 
 @triton.jit
-def partial_offsets(slot, dims, BLOCK_M: tl.constexpr, HEAD_PADDED: tl.constexpr):
-    """Offsets of a partial's accumulator [BLOCK_M, D] and of its statistics [BLOCK_M]."""
-    row = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return row[:, None] * HEAD_PADDED + dims[None, :], row
-
-
-@triton.jit
 def load_sequence(record):
     """sequence, query_start, query_len and seq_len of a list entry or a worker."""
-    return tl.load(record), tl.load(record + 1), tl.load(record + 2), tl.load(record + 3)
+    return (
+        tl.load(record),
+        tl.load(record + 1),
+        tl.load(record + 2),
+        tl.load(record + 3),
+    )
 
 
 @triton.jit
@@ -177,7 +177,12 @@ def decode_kernel(
         dims_valid = row_valid[:, None] & (dims < HEAD_SIZE)[None, :]
         offsets = row_offsets(query_start, token, head, query_strides, dims)
         query, scales = load_query(
-            query_ptr, offsets, dims_valid, layer_scales, key_ptr.dtype.element_ty, SOFTCAP
+            query_ptr,
+            offsets,
+            dims_valid,
+            layer_scales,
+            key_ptr.dtype.element_ty,
+            SOFTCAP,
         )
         state = start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
         acc, row_max, row_sum = attend_tiles(
@@ -232,7 +237,9 @@ def decode_kernel(
         remaining -= num_tiles
         tile = 0
         row += 1
-        if (remaining > 0) & (row == decode_rows(query_len, NUM_KV_HEADS, GROUP, BLOCK_M)):
+        if (remaining > 0) & (
+            row == decode_rows(query_len, NUM_KV_HEADS, GROUP, BLOCK_M)
+        ):
             row = 0
             entry += 1
             sequence, query_start, query_len, seq_len = load_sequence(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -59,7 +60,7 @@ LONG_SEQUENCE_BYTES = 48 * 2**20
 
 
 # Compiled kernels by what `hopper_prefill` says of a call.
-VARIANTS: dict[tuple, object] = {}
+VARIANTS: dict[tuple, Any] = {}
 
 
 @lru_cache

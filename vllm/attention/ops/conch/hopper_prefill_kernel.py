@@ -54,7 +54,7 @@ def load_page_ids(cfg, pages, last_page, first_key):
     ids = ()
     for box in gl.static_range(cfg.BLOCK_N // cfg.BOX):
         page = (first_key + box * cfg.BOX) // cfg.PAGE
-        ids = ids + (gl.load(pages + gl.minimum(page, last_page)),)
+        ids = ids + (gl.load(pages + gl.minimum(page, last_page)),)  # type: ignore
     return ids
 
 
@@ -205,7 +205,7 @@ def keep_asm(relation):
 
 @gluon.jit
 def keep_if(RELATION: gl.constexpr, s, keys, bound):
-    """s where keys < (or >=) bound, else -inf, as assembly: of a plain comparison
+    """S where keys < (or >=) bound, else -inf, as assembly: of a plain comparison
     ptxas makes bit masks before there is an s, at twice the instructions.
     s: [64, BLOCK_N], keys: [1, BLOCK_N], bound: [64]"""
     ASM: gl.constexpr = keep_asm(RELATION)
@@ -217,9 +217,7 @@ def keep_if(RELATION: gl.constexpr, s, keys, bound):
 
 
 @gluon.jit
-def mask_scores(
-    cfg, batch, item, s, FIRST_ROW: gl.constexpr, tile, MASK: gl.constexpr
-):
+def mask_scores(cfg, batch, item, s, FIRST_ROW: gl.constexpr, tile, MASK: gl.constexpr):
     """-inf where a row must not see a key.  s: [64, BLOCK_N]"""
     rows = item.tile * cfg.BLOCK_M + FIRST_ROW
     rows += gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, cfg.S_LAYOUT))

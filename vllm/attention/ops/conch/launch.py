@@ -7,6 +7,8 @@ longer than the launch itself.  A function that has already reduced its argument
 cached plan knows the variant: only the addresses are new.
 """
 
+from typing import Any
+
 import torch
 
 from vllm.triton_utils import triton
@@ -47,7 +49,7 @@ class Launch:
         self.grid = grid + (1,) * (3 - len(grid))
         self.arguments = arguments
         self.constants = constants
-        self.variants: dict[tuple, object] = {}
+        self.variants: dict[tuple, Any] = {}
         is_compiled = isinstance(kernel, triton.JITFunction)
         self.is_cacheable = is_compiled and torch.version.cuda is not None
         self.after_tensors = arguments + tuple(

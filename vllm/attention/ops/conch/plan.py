@@ -7,7 +7,7 @@ Pure Python, no tensors, no launches: everything here can be tested without a GP
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,7 +32,7 @@ class Device:
     """What the plan needs to know of a device."""
 
     backend: str  # "cuda", "hip" or "interpreter"
-    arch: int | str  # 90, "gfx942", ...
+    arch: Any  # 90, "gfx942", ...
     num_units: int  # multiprocessors or compute units
     shared_memory: int  # bytes that one program may use
 
@@ -127,14 +127,19 @@ def unsupported_kv_dtype(
     dtype: torch.dtype, device: torch.device
 ) -> tuple[str, str] | None:
     """Why a device cannot read an fp8 cache: what it can, and what to do; or None."""
-    if device.type == "cpu" or dtype not in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
+    if device.type == "cpu" or dtype not in (
+        torch.float8_e4m3fn,
+        torch.float8_e4m3fnuz,
+    ):
         return None
     target = this_device(device.index)
     arch = str(target.arch)
     if target.backend == "cuda":
         native = torch.float8_e4m3fn if target.arch >= 89 else None
     else:
-        native = torch.float8_e4m3fnuz if arch.startswith("gfx94") else torch.float8_e4m3fn
+        native = (
+            torch.float8_e4m3fnuz if arch.startswith("gfx94") else torch.float8_e4m3fn
+        )
         if not arch.startswith(("gfx94", "gfx95", "gfx12")):
             native = None
     if dtype == native:

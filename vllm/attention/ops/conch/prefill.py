@@ -114,13 +114,10 @@ def prefill_kernel(
     dims = tl.arange(0, HEAD_PADDED)
     dims_valid = row_valid[:, None] & (dims < HEAD_SIZE)[None, :]
     offsets = row_offsets(query_start, token, head, query_strides, dims)
-    scales, v_scale = load_scales(
-        k_scale_ptr, v_scale_ptr, (scale, cap_scale), SOFTCAP
-    )
+    scales, v_scale = load_scales(k_scale_ptr, v_scale_ptr, (scale, cap_scale), SOFTCAP)
     query, scales = load_query(
         query_ptr, offsets, dims_valid, scales, key_ptr.dtype.element_ty, SOFTCAP
     )
-
 
     keys_range, first, full_first, full_end, end = key_tile_bounds(
         m_block, query_len, seq_len, window, PACK, BLOCK_M, TILE, CAUSAL, WINDOWED

@@ -26,6 +26,7 @@ from .checks import (
     free_strides,
     reject,
     signature,
+    specs_of,
 )
 from .fp8 import FP8_DTYPES, divide_to_fp8, storage_view, triton_fp8
 from .launch import Launch
@@ -213,15 +214,15 @@ def check_arguments(
     )
     for name, spec in named.items():
         check_device(name, spec, "key", key)
-    for name, spec in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if spec is not None:
-            check_scale(name, spec, "key", key)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            check_scale(name, scale, "key", key)
 
 
 @lru_cache(maxsize=4096)
 def prepare(*signatures: tuple | None) -> Launch | None:
     """Checks the arguments of `reshape_and_cache` and plans its launch."""
-    specs = [sig and TensorSpec(*sig) for sig in signatures]
+    specs = specs_of(signatures)
     check_arguments(*specs)
     key, _, key_cache, _, slot_mapping = specs[:5]
     num_tokens = slot_mapping.shape[0]

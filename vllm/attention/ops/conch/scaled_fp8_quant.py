@@ -30,6 +30,7 @@ from .checks import (
     free_strides,
     reject,
     signature,
+    specs_of,
 )
 from .fp8 import FP8_DTYPES, divide_to_fp8, storage_view, to_fp8, triton_fp8
 from .launch import Launch
@@ -293,7 +294,7 @@ def prepare_dynamic(*signatures: tuple) -> tuple[Launch, Launch]:
 @lru_cache(maxsize=4096)
 def prepare_per_token(*signatures: tuple | None) -> Launch | None:
     """Checks and plans one pass with a scale for each row."""
-    input, output, scale_ub = (sig and TensorSpec(*sig) for sig in signatures)
+    input, output, scale_ub = specs_of(signatures)
     check_arguments(input, output)
     if scale_ub is not None:
         check_scale("scale_ub", scale_ub, "input", input)

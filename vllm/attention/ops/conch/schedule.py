@@ -30,7 +30,9 @@ ANY_QUERY_LEN = 2**31 - 1
 
 
 @triton.jit
-def load_lengths(query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK: tl.constexpr):
+def load_lengths(
+    query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK: tl.constexpr
+):
     """query_start, query_len and seq_len, [BLOCK] each; 0 past the last sequence."""
     sequence = start + tl.arange(0, BLOCK)
     valid = sequence < num_seqs
@@ -42,15 +44,15 @@ def load_lengths(query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK: tl.c
 
 @triton.jit
 def pick(match, values):
-    """values [BLOCK] at the one match of each lane of match [LANES, BLOCK]; else 0."""
+    """Values [BLOCK] at the one match of each lane of match [LANES, BLOCK]; else 0."""
     return tl.sum(tl.where(match, values[None, :], 0), 1)
 
 
 @triton.jit
 def decode_tiles(
     query_len, seq_len, decode_query_len, window,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of a sequence on the decode line (0: not a decode), and tiles per row."""
     is_decode = (query_len > 0) & (query_len <= decode_query_len)
@@ -102,7 +104,9 @@ def schedule_decode(
         is_decode = tiles > 0
         entry = listed + tl.cumsum(is_decode.to(tl.int32), 0) - 1
         # The sequence in which each worker begins, if it is among these.
-        match = (begin[:, None] >= (end - tiles)[None, :]) & (begin[:, None] < end[None, :])
+        match = (begin[:, None] >= (end - tiles)[None, :]) & (
+            begin[:, None] < end[None, :]
+        )
         found = valid & (tl.sum(match.to(tl.int32), 1) > 0)
         row_length = tl.maximum(pick(match, row_tiles), 1)
         within = begin - pick(match, end - tiles)
@@ -143,9 +147,7 @@ def count_heavier(
     sequence the ends grow from tile to tile, so those past a bound are counted without
     looking at each. Of equal ends, that of the first sequence comes first.
 
-    Args:
-        end, sequence_of: [LANES] of the tiles.
-        sequence, query_len, seq_len, blocks: [BLOCK] of the sequences.
+    end and sequence_of are [LANES], of the tiles; the others [BLOCK], of the sequences.
     """
     bound = end[:, None] - (sequence[None, :] < sequence_of[:, None]).to(tl.int32)
     # Tile b ends (b + 1) * BLOCK_M // PACK tokens after the context, the last tile at
@@ -177,7 +179,9 @@ def schedule_prefill(
         )
         blocks = prefill_blocks(query_len, decode_query_len, PACK, BLOCK_M)
         last = line + tl.cumsum(blocks, 0)
-        match = (item[:, None] >= (last - blocks)[None, :]) & (item[:, None] < last[None, :])
+        match = (item[:, None] >= (last - blocks)[None, :]) & (
+            item[:, None] < last[None, :]
+        )
         found = tl.sum(match.to(tl.int32), 1) > 0
         sequence_of = tl.where(found, pick(match, sequence), sequence_of)
         m_block = tl.where(found, item - pick(match, last - blocks), m_block)

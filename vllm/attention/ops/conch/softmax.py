@@ -26,7 +26,8 @@ def softmax_step(scores, scale, row_max, row_sum, MASKED: tl.constexpr):
     Args:
         scores: [M, N] raw scores; -inf where a key is not visible.
         scale: positive factor that turns a score into log2 units.
-        row_max, row_sum: [M] state of the tiles before, -inf and 0 at the start.
+        row_max: [M] of the tiles before, -inf at the start.
+        row_sum: [M] of the tiles before, 0 at the start.
         MASKED: whether a row may have seen no visible key yet.
 
     Returns:
@@ -45,7 +46,7 @@ def softmax_step(scores, scale, row_max, row_sum, MASKED: tl.constexpr):
 
 @triton.jit
 def softcap(scores, inner):
-    """tanh of the scores, from exp2 alone: 1 - 2 / (2^(inner * s) + 1).
+    """Tanh of the scores, from exp2 alone: 1 - 2 / (2^(inner * s) + 1).
 
     inner is 2 * log2(e) / cap times the softmax scale.  Large scores give exactly
     1 or -1: an infinite power leaves 1 - 0, a vanished one 1 - 2.

@@ -40,7 +40,9 @@ def query_for_fp8(query):
     nothing that counts beside its largest element.
     """
     largest = tl.max(tl.max(tl.abs(query.to(tl.float32)), 1), 0)
-    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(
+        tl.float32, bitcast=True
+    )
     power = tl.where((power > 0.0) & (power < float("inf")), power, 1.0)
     return (query.to(tl.float32) / power).to(tl.float16), power
 
@@ -51,7 +53,7 @@ def load_query(
 ):
     """Query rows, 0 where masked, in the dtype of the products, and their scales."""
     query = tl.load(query_ptr + offsets, mask=mask, other=0.0)
-    if KV_DTYPE != query.dtype and query.dtype == tl.bfloat16:
+    if query.dtype != KV_DTYPE and query.dtype == tl.bfloat16:
         query, power = query_for_fp8(query)
         scales = fold(scales, power, SOFTCAP)
     return query, scales
@@ -283,7 +285,9 @@ def start_state(
 
 
 @triton.jit
-def whole(acc, BLOCK_M: tl.constexpr, HEAD_PADDED: tl.constexpr, PAIRED_VALUES: tl.constexpr):
+def whole(
+    acc, BLOCK_M: tl.constexpr, HEAD_PADDED: tl.constexpr, PAIRED_VALUES: tl.constexpr
+):
     """[M, D] accumulator of the state of `attend_tiles`."""
     if PAIRED_VALUES:
         joined = tl.reshape(tl.join(acc[0], acc[1]), [BLOCK_M, HEAD_PADDED])

@@ -35,7 +35,6 @@ from .prefill import prefill_kernel
 from .schedule import VarlenSchedule
 from .softmax import LOG2_E
 
-
 OPTIONAL = ("k_scale", "v_scale", "output_lse")
 
 
@@ -52,7 +51,7 @@ class Options(NamedTuple):
 
 
 def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, TensorSpec]:
-    """Raises the ValueErrors of `varlen_attention` about tensors; returns their specs."""
+    """The tensors' specs, or a ValueError of `varlen_attention`."""
     for name, tensor in tensors.items():
         if tensor is not None or name not in OPTIONAL:
             check_tensor(name, tensor)
@@ -165,7 +164,9 @@ def check_batch(
         reject("block_table", got, f"{num_seqs} or more, one per sequence")
     updated = schedule.max_query_len, schedule.num_seqs, schedule.sliding_window
     if updated != (max_query_len, num_seqs, sliding_window):
-        got = "one updated for max_query_len {}, {} sequences, window {}".format(*updated)
+        got = "one updated for max_query_len {}, {} sequences, window {}".format(
+            *updated
+        )
         allowed = f"{max_query_len}, {num_seqs} sequences, window {sliding_window}"
         reject("schedule", got, allowed, "Call schedule.update with this batch.")
 
@@ -315,7 +316,8 @@ def varlen_attention(
         softcap: logits become softcap * tanh(logits / softcap); 0: they stay.
         sliding_window: a token sees only this many keys, its own included; if not
             causal, keys less than this far away on both sides. None: all.
-        k_scale, v_scale: [1] float32, what the cached values were divided by.
+        k_scale: [1] float32, what the cached keys were divided by.
+        v_scale: [1] float32, what the cached values were divided by.
         output_lse: [num_tokens, num_query_heads] float32, receives the natural
             logarithm of each row's softmax denominator; -inf where no key is seen.
         schedule: work lists, already updated for this batch; None: made here, at the
@@ -350,7 +352,10 @@ def varlen_attention(
             sliding_window=sliding_window,
         )
         schedule.update(
-            query_start_loc, seq_lens, max_query_len=max_query_len, num_tokens=num_tokens
+            query_start_loc,
+            seq_lens,
+            max_query_len=max_query_len,
+            num_tokens=num_tokens,
         )
     check_batch(
         query_start_loc, seq_lens, block_table, max_query_len, sliding_window, schedule
