@@ -133,10 +133,16 @@ def install_vllm(session: nox.Session, release: str) -> Path:
 
 
 def copy_tests(tree: Path, release: str, destination: Path) -> None:
-    """Copies CONCH's tests out of a patched tree, away from its vllm folder."""
+    """Copies CONCH's tests and what they test out of a patched tree without its vllm."""
     shutil.rmtree(destination, ignore_errors=True)
-    for base in (HERE, HERE / "releases" / release):
-        for path in sorted((base / "tests").rglob("*.py")):
+    sources = [
+        HERE / "tests",
+        HERE / "benchmarks",
+        HERE / "releases" / release / "tests",
+    ]
+    for source in sources:
+        base = source.parent
+        for path in sorted(source.rglob("*.py")):
             relative = path.relative_to(base)
             if relative.parts[:2] == ("tests", "patchset"):
                 continue
