@@ -133,7 +133,7 @@ def install_vllm(session: nox.Session, release: str) -> Path:
 
 
 def copy_tests(tree: Path, release: str, destination: Path) -> None:
-    """Copies CONCH's tests and what they test out of a patched tree without its vllm."""
+    """Copies tests and benchmarks out of a patched tree, away from its vllm folder."""
     shutil.rmtree(destination, ignore_errors=True)
     sources = [
         HERE / "tests",
