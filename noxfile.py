@@ -154,6 +154,17 @@ def copy_tests(tree: Path, release: str, destination: Path) -> None:
     (destination / "pytest.ini").write_text("[pytest]\n")
 
 
+def release_pythons(session: nox.Session) -> dict[str, str]:
+    """Where the tool's tests find the Pythons that have a release's dependencies."""
+    pythons = {}
+    for release in RELEASES:
+        name = f"tests-{release}".replace(".", "-")
+        python = Path(session.virtualenv.location).with_name(name) / "bin" / "python"
+        if python.exists():
+            pythons[f"CONCH_PYTHON_{release.replace('.', '_')}"] = str(python)
+    return pythons
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """Generates text with CONCH; VLLM_BASE picks the release, the newest by default."""
@@ -163,13 +174,13 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("subject", ["tool", *RELEASES], ids=["tool", *RELEASES])
+@nox.parametrize("subject", [*RELEASES, "tool"], ids=[*RELEASES, "tool"])
 def tests(session: nox.Session, subject: str) -> None:
-    """The tool's tests, then kernels, backend, engine and demo on every release."""
+    """Kernels, backend, engine and demo on every release, then the tool's tests."""
     pytest = ["python", "-m", "pytest", "-ra", "--durations=10", *session.posargs]
     if subject == "tool":
         session.install("-r", "requirements/tool.txt", "-r", "requirements/test.txt")
-        session.run(*pytest, "tests/patchset")
+        session.run(*pytest, "tests/patchset", env=release_pythons(session))
         return
     tree = install_vllm(session, subject)
     session.install("-r", "requirements/test.txt", "-r", "requirements/demo.txt")
