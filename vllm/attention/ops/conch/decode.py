@@ -110,7 +110,10 @@ def combine_rows(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["lse_stride", "block_table_stride", "window"])
+# Microbatches slice the block table anywhere: its alignment must make no variant.
+@triton.jit(
+    do_not_specialize=["block_table_ptr", "lse_stride", "block_table_stride", "window"]
+)
 def decode_kernel(
     output_ptr,  # [num_tokens, num_query_heads, head_size]
     lse_ptr,  # [num_tokens, num_query_heads] or None

@@ -65,7 +65,10 @@ def key_tile_bounds(
     return (first_key, end_key), first, full_first, tl.minimum(full_end, end), end
 
 
-@triton.jit(do_not_specialize=["lse_stride", "block_table_stride", "window"])
+# Microbatches slice the block table anywhere: its alignment must make no variant.
+@triton.jit(
+    do_not_specialize=["block_table_ptr", "lse_stride", "block_table_stride", "window"]
+)
 def prefill_kernel(
     output_ptr,  # [num_tokens, num_query_heads, head_size]
     lse_ptr,  # [num_tokens, num_query_heads] or None

@@ -212,7 +212,16 @@ def schedule_prefill(
     tl.store(record + 4, seq_len_of)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "decode_query_len", "window"])
+# Microbatches slice the lengths anywhere: their alignment must make no variant.
+@triton.jit(
+    do_not_specialize=[
+        "query_start_loc_ptr",
+        "seq_lens_ptr",
+        "num_seqs",
+        "decode_query_len",
+        "window",
+    ]
+)
 def schedule_kernel(
     query_start_loc_ptr,  # [num_seqs + 1]
     seq_lens_ptr,  # [num_seqs]
