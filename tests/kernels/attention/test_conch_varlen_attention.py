@@ -97,6 +97,15 @@ def test_head_ratios(num_query_heads, num_kv_heads, lengths):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_more_heads_than_a_tile_has_rows(dtype):
+    """The heads of one token are spread over tiles, of prefill and of decode."""
+    heads = {"num_query_heads": 130, "num_kv_heads": 1}
+    heads["head_size"] = 512 if ON_GPU else 16
+    for lengths in [(1, 35), (4, 20)], [(20, 37), (1, 35), (18, 37)]:
+        check(make_batch(lengths, **heads, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_size", [16, 32, 64, 80, 96, 112, 128, 192, 256, 512])
 def test_head_sizes(head_size, dtype):
     heads = {"num_query_heads": 4, "num_kv_heads": 1, "head_size": head_size}
