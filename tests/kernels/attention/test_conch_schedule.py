@@ -149,7 +149,7 @@ def test_a_sequence_alone_and_in_a_batch(name):
         compare(alone, output[start:end], lse[start:end])
 
 
-@pytest.mark.parametrize("pack", [1, 3, 4, 5])
+@pytest.mark.parametrize("pack", [1, 3, 4, 5, 71])
 @pytest.mark.parametrize("seed", range(5))
 def test_prefill_items_come_heaviest_first(seed, pack):
     """Every tile of rows once, by the end of its keys; then nothing but empty items."""
@@ -174,8 +174,9 @@ def test_prefill_items_come_heaviest_first(seed, pack):
         for tile in range(-(-query_len * pack // block_m) if query_len > 1 else 0):
             tokens = min((tile + 1) * block_m // pack, query_len)
             end = seq_len - query_len + tokens
-            tiles.append((-end, sequence, tile, start, query_len, seq_len))
-    expected = [item[1:] for item in sorted(tiles)]
+            order = (-end, sequence, -tile)
+            tiles.append((order, (sequence, tile, start, query_len, seq_len)))
+    expected = [item for _, item in sorted(tiles)]
     items = [tuple(item[:5]) for item in schedule.items.tolist()]
     assert items[: len(expected)] == expected
     assert all(item[0] == -1 for item in items[len(expected) :])

@@ -141,10 +141,10 @@ def count_heavier(
     end, sequence_of, sequence, query_len, seq_len, blocks,
     PACK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """How many tiles of rows of some sequences come before each of some tiles.
+    """How many tiles of rows of other sequences come before each of some tiles.
 
     A causal tile's work grows with its end, one past the last key that it sees. In a
-    sequence the ends grow from tile to tile, so those past a bound are counted without
+    sequence the ends grow with the tiles, so those past a bound are counted without
     looking at each. Of equal ends, that of the first sequence comes first.
 
     end and sequence_of are [LANES], of the tiles; the others [BLOCK], of the sequences.
@@ -156,7 +156,8 @@ def count_heavier(
     before = tl.maximum(tokens * PACK - 1, 0) // BLOCK_M
     before = tl.minimum(before, (blocks - 1)[None, :])
     before += (seq_len[None, :] <= bound).to(tl.int32)
-    return tl.sum(tl.where((blocks > 0)[None, :], blocks[None, :] - before, 0), 1)
+    counted = (blocks > 0)[None, :] & (sequence[None, :] != sequence_of[:, None])
+    return tl.sum(tl.where(counted, blocks[None, :] - before, 0), 1)
 
 
 @triton.jit
@@ -172,6 +173,7 @@ def schedule_prefill(
     query_start_of = tl.zeros([LANES], tl.int32)
     query_len_of = tl.zeros([LANES], tl.int32)
     seq_len_of = tl.zeros([LANES], tl.int32)
+    rank = tl.zeros([LANES], tl.int32)
     line = 0
     for start in range(0, num_seqs, BLOCK):
         sequence, query_start, query_len, seq_len = load_lengths(
@@ -188,11 +190,12 @@ def schedule_prefill(
         query_start_of = tl.where(found, pick(match, query_start), query_start_of)
         query_len_of = tl.where(found, pick(match, query_len), query_len_of)
         seq_len_of = tl.where(found, pick(match, seq_len), seq_len_of)
+        # Of its own sequence the tiles behind it come before it.
+        rank = tl.where(found, pick(match, last) - 1 - item, rank)
         line += tl.sum(blocks)
 
     last_token = tl.minimum((m_block * BLOCK_M + BLOCK_M) // PACK, query_len_of)
     end = seq_len_of - query_len_of + last_token
-    rank = tl.zeros([LANES], tl.int32)
     for start in range(0, num_seqs, BLOCK):
         sequence, query_start, query_len, seq_len = load_lengths(
             query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
