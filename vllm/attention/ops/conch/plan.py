@@ -167,6 +167,8 @@ def plan_decode(shape: Shape, device: Device, max_query_len: int) -> Config:
     most = MAX_DECODE_BLOCK_M if wide <= 256 else MAX_DECODE_BLOCK_M // 2
     if shape.query_dtype.itemsize == 4:
         most = 32 if wide <= 128 else 16
+    elif avoids_wgmma(shape, device):
+        most = min(most, 32)
     block_m = min(max(rows, 16), most)
     if device.backend == "interpreter":
         return Config(block_m, 16, 4, 1)
@@ -189,7 +191,7 @@ def plan_prefill(shape: Shape, device: Device) -> Config:
     if device.backend == "interpreter":
         return Config(32, 16, 4, 1)
     if shape.query_dtype.itemsize == 4:
-        # 64 rows would take wgmma, whose tf32x3 gives wrong results in Triton 3.6.
+        # Fewer than 64 rows: see avoids_wgmma.
         return Config(32 if wide <= 128 else 16, 16, 8, 1, fp32_precision(device))
     if device.backend == "hip":
         # A third of the 64 KiB of LDS per tile; a second stage spills on gfx942.
@@ -203,9 +205,20 @@ def plan_prefill(shape: Shape, device: Device) -> Config:
     return Config(128, 32, 8, 2) if wide <= 256 else Config(64, 16, 8, 2)
 
 
+def avoids_wgmma(shape: Shape, device: Device) -> bool:
+    """Whether tiles must have fewer than the 64 rows from which Hopper takes wgmma.
+
+    With operands that are converted in registers, from fp8 here and by tf32x3 in
+    fp32, Triton 3.6's wgmma gave wrong results and illegal accesses on an H200.
+    """
+    return device.arch == 90 and shape.kv_dtype != shape.query_dtype
+
+
 def plan_prefill_hopper(shape: Shape) -> Config:
     """Measured on an H200 at 8k tokens, causal, bf16."""
     wide = shape.head_padded
+    if shape.kv_dtype != shape.query_dtype:
+        return Config(32, 64 if wide <= 128 else 32, 4 if wide <= 128 else 8, 3)
     if wide <= 64:
         # 369 TFLOP/s with pages of 128 and 378 with 16; 128 rows: 359 and 358.
         return Config(64, 64, 4, 3)

@@ -183,8 +183,8 @@ def layer_key(tensor: torch.Tensor | None) -> tuple | None:
     return tensor.dtype, tensor.device, tensor.shape[1:], tensor.stride()
 
 
-# From as many rows on Hopper's matrix units take V from shared memory, where fp8 has
-# been converted: pairs gain nothing.
+# From as many rows on Hopper's matrix units take V from shared memory, where pairs
+# gain nothing.
 WGMMA_ROWS = 64
 
 
