@@ -110,6 +110,45 @@ def combine_rows(
     return acc, row_max, row_sum
 
 
+@triton.jit
+def leave_partial(
+    partials, slot, acc, row_max, row_sum, row_valid,
+    BLOCK_M: tl.constexpr, HEAD_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Stores the softmax state of one worker's share of a row."""
+    dims = tl.arange(0, HEAD_PADDED)
+    stat = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc_offsets = stat[:, None] * HEAD_PADDED + dims[None, :]
+    tl.store(partials[0] + acc_offsets, acc, mask=row_valid[:, None])
+    tl.store(partials[1] + stat, row_max, mask=row_valid)
+    tl.store(partials[2] + stat, row_sum, mask=row_valid)
+
+
+@triton.jit
+def write_combined(
+    output_ptr, lse_ptr, output_strides, lse_stride, v_scale,
+    partials, first_worker, num_parts, query_start, query_len, kv_head, m_block,
+    GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Combines the partials of one decode row and writes its tile of query rows."""
+    PARTS: tl.constexpr = 2048 // HEAD_PADDED  # 64 registers a thread
+    num_rows = tl.minimum(query_len * GROUP - m_block * BLOCK_M, BLOCK_M)
+    for first_row in range(0, num_rows, COMBINE_ROWS):
+        rows = first_row + tl.arange(0, COMBINE_ROWS)
+        acc, row_max, row_sum = combine_rows(
+            partials, first_worker, num_parts,
+            rows, rows < num_rows, BLOCK_M, HEAD_PADDED, PARTS,
+        )  # fmt: skip
+        write_rows(
+            output_ptr, lse_ptr, output_strides, lse_stride,
+            acc, row_max, row_sum, v_scale, query_start,
+            (m_block * BLOCK_M + rows) // GROUP,
+            kv_head * GROUP + (m_block * BLOCK_M + rows) % GROUP,
+            rows < num_rows, HEAD_SIZE, HEAD_PADDED,
+        )  # fmt: skip
+
+
 # Microbatches slice the block table anywhere: its alignment must make no variant.
 @triton.jit(
     do_not_specialize=["block_table_ptr", "lse_stride", "block_table_stride", "window"]
@@ -152,7 +191,6 @@ def decode_kernel(
     SOFTCAP: tl.constexpr,
 ):
     partials = (partial_acc_ptr, partial_max_ptr, partial_sum_ptr)
-    COMBINE_PARTS: tl.constexpr = 2048 // HEAD_PADDED  # 64 registers a thread
     worker = tl.program_id(0)
     record = workers_ptr + worker * WORKER_FIELDS
     sequence, query_start, query_len, seq_len = load_sequence(record)
@@ -212,29 +250,19 @@ def decode_kernel(
             first_worker = row_begin // tiles_per_worker
             last_worker = (row_begin + row_tiles - 1) // tiles_per_worker
             slot = 2 * worker + tl.where(tile == 0, 1, 0)
-            stat = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-            acc_offsets = stat[:, None] * HEAD_PADDED + dims[None, :]
-            tl.store(partials[0] + acc_offsets, acc, mask=row_valid[:, None])
-            tl.store(partials[1] + stat, row_max, mask=row_valid)
-            tl.store(partials[2] + stat, row_sum, mask=row_valid)
+            leave_partial(
+                partials, slot, acc, row_max, row_sum, row_valid, BLOCK_M, HEAD_PADDED
+            )
             tl.debug_barrier()  # every thread's stores come before the arrival
             arrived = tl.atomic_add(arrivals_ptr + first_worker, 1, sem="acq_rel")
             if arrived == last_worker - first_worker:
                 tl.store(arrivals_ptr + first_worker, 0)
-                num_rows = tl.minimum(query_len * GROUP - m_block * BLOCK_M, BLOCK_M)
-                for first_row in range(0, num_rows, COMBINE_ROWS):
-                    rows = first_row + tl.arange(0, COMBINE_ROWS)
-                    acc_, max_, sum_ = combine_rows(
-                        partials, first_worker, last_worker - first_worker + 1,
-                        rows, rows < num_rows, BLOCK_M, HEAD_PADDED, COMBINE_PARTS,
-                    )  # fmt: skip
-                    write_rows(
-                        output_ptr, lse_ptr, output_strides, lse_stride,
-                        acc_, max_, sum_, v_scale, query_start,
-                        (m_block * BLOCK_M + rows) // GROUP,
-                        kv_head * GROUP + (m_block * BLOCK_M + rows) % GROUP,
-                        rows < num_rows, HEAD_SIZE, HEAD_PADDED,
-                    )  # fmt: skip
+                write_combined(
+                    output_ptr, lse_ptr, output_strides, lse_stride, v_scale,
+                    partials, first_worker, last_worker - first_worker + 1,
+                    query_start, query_len, kv_head, m_block,
+                    GROUP, HEAD_SIZE, HEAD_PADDED, BLOCK_M,
+                )  # fmt: skip
 
         line += num_tiles
         remaining -= num_tiles
