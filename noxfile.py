@@ -126,8 +126,9 @@ def install_vllm(session: nox.Session, release: str) -> Path:
         requirements = built / "requirements.txt"
         requirements.write_text("\n".join(lines) + "\n")
         session.install("-r", str(requirements))
-        session.install("--no-deps", "--force-reinstall", *wheels)
         session.install("--no-deps", "./interpreter")
+    # Anew even if this version is there: uncommitted changes do not change it.
+    session.install("--no-deps", "--force-reinstall", *wheels)
     stamp.write_text(digest)
     return tree
 
