@@ -27,6 +27,8 @@ class Attention(NamedTuple):
     output_noise: torch.Tensor
     """Like output: sqrt(sum p^2 v^2), its standard deviation when each probability
     carries an independent relative error of standard deviation 1."""
+    output_size: torch.Tensor
+    """Like output: sum p |v|, which no partial sum exceeds."""
     output_drift: torch.Tensor
     """Like output: bound of its error when each logit carries an error as large as
     the sum of the magnitudes that it is computed from."""
@@ -99,12 +101,14 @@ def attention(
     probability = torch.exp(logits - finite_lse[..., None])
     output = torch.einsum("qhgk,khd->qhgd", probability, value)
     noise = torch.einsum("qhgk,khd->qhgd", probability**2, value**2).sqrt()
+    size = torch.einsum("qhgk,khd->qhgd", probability, value.abs())
     error = probability * (1 + magnitude)
     lse_drift = error.sum(-1)
     drift = torch.einsum("qhgk,khd->qhgd", error, value.abs())
     drift += output.abs() * lse_drift[..., None]
     lse_drift += finite_lse.abs()
-    return Attention(*(t.flatten(1, 2) for t in (output, lse, noise, drift, lse_drift)))
+    parts = (output, lse, noise, size, drift, lse_drift)
+    return Attention(*(t.flatten(1, 2) for t in parts))
 
 
 def gather_pages(
@@ -140,7 +144,8 @@ def paged_attention(
     num_tokens, num_heads, _ = query.shape
     wide = torch.full_like(query, SENTINEL, dtype=dtype)
     narrow = wide[..., 0]
-    whole = Attention(*(t.clone() for t in (wide, narrow, wide, wide, narrow)))
+    parts = (wide, narrow, wide, wide, wide, narrow)
+    whole = Attention(*(t.clone() for t in parts))
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     for i, seq_len in enumerate(lengths):
         start, query_len = starts[i], starts[i + 1] - starts[i]
@@ -247,7 +252,9 @@ def make_caches(
     return key, value
 
 
-def output_tolerance(reference: Attention, dtype: torch.dtype) -> torch.Tensor:
+def output_tolerance(
+    reference: Attention, dtype: torch.dtype, truncated_sums: int = 0
+) -> torch.Tensor:
     """How far, element by element, an output of `dtype` may be from the reference.
 
     For an implementation that keeps logits, softmax state and accumulator in fp32
@@ -255,10 +262,15 @@ def output_tolerance(reference: Attention, dtype: torch.dtype) -> torch.Tensor:
     output. A rounding is off by at most u, with a standard deviation of u / sqrt 3,
     so four times the noise is seven standard deviations. What fp32 adds is a few
     units of 2^-24 of the magnitudes that went into it.
+
+    Matrix units cut off the bits of a sum that fp32 cannot hold (Fasi et al. 2021,
+    Numerical behavior of NVIDIA tensor cores), so the errors of `truncated_sums`
+    additions to one accumulator, of 2^-23 each, all point to zero.
     """
     unit = torch.finfo(dtype).eps / 2
     rounding = unit * (reference.output.abs() + 4 * reference.output_noise)
-    return rounding + 8 * 2.0**-24 * reference.output_drift
+    truncation = truncated_sums * 2.0**-23 * reference.output_size
+    return rounding + truncation + 8 * 2.0**-24 * reference.output_drift
 
 
 def lse_tolerance(reference: Attention) -> torch.Tensor:

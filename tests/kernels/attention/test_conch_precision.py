@@ -40,7 +40,9 @@ def test_precision_ladder(query_len, seq_len, logit_std, dtype):
         dtype=dtype,
         logit_std=logit_std,
     )
-    output, _ = check(batch)
+    # A matrix unit takes 16 keys at a time; a split of a decode, few of them.
+    truncated_sums = seq_len // 16 if ON_GPU and query_len == KINDS["prefill"] else 0
+    output, _ = check(batch, truncated_sums=truncated_sums)
     live = slice(batch.num_live_tokens)
     exact = batch.reference().output[live]
     plain = batch.reference(dtype).output[live].double()

@@ -23,6 +23,7 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     attend,
     call,
     check,
+    compare,
     gpu_only,
     make_batch,
     make_schedule,
@@ -205,16 +206,17 @@ def test_pages_beyond_int32(stride, query_len):
     check(batch)
 
 
+@pytest.mark.parametrize("multiple", [1, 64])
 @pytest.mark.parametrize("lengths", [[(1, 20), (1, 30), (1, 40)], [(20, 20)]])
-def test_rows_beyond_int32(lengths):
+def test_rows_beyond_int32(lengths, multiple):
+    """Strides of any multiple, and such as TMA takes."""
     batch = make_batch(lengths, dtype=torch.float16, padding=0)
-    expected, expected_lse = attend(batch)
-    stride = 2**31 // (len(batch.query) - 1) + 64
+    stride = (2**31 // (len(batch.query) - 1) // 64 + 1) * 64 + multiple
     filled = torch.full_like(batch.query, SENTINEL)
     batch.query, output = far_apart(batch.query, filled, stride=stride)
-    lse = torch.empty_like(expected_lse)
+    lse = torch.full(batch.query.shape[:2], SENTINEL, device=DEVICE)
     call(batch, output, lse)
-    assert (output == expected).all() and (lse == expected_lse).all()
+    compare(batch, output, lse)
 
 
 WINDOWS = [1, 2, 15, 16, 17, 40, 1000]
@@ -326,7 +328,10 @@ def test_a_single_visible_key_gives_its_value_exactly(lengths, dtype):
     for (query_len, seq_len), pages in zip(lengths, batch.block_table.long()):
         for position in range(seq_len - query_len, seq_len):
             value = batch.value_cache[pages[position // 16], position % 16]
-            assert (output[row] == value.repeat_interleave(2, dim=0)).all()
+            value = value.repeat_interleave(2, dim=0).double()
+            # A GPU's products of fp32 are three of tf32, which keep 21 bits of V.
+            lost = 2.0**-21 if ON_GPU and dtype == torch.float32 else 0.0
+            assert_close("output", output[row], value, lost * value.abs())
             row += 1
 
 

@@ -39,12 +39,13 @@ OPTIONAL = ("k_scale", "v_scale", "output_lse")
 
 
 class Options(NamedTuple):
-    """Arguments that are no tensors, and what the schedule chose."""
+    """What is not in the tensors' specs, and what the schedule chose."""
 
     scale: float
     causal: bool
     softcap: float
     sliding_window: int | None
+    odd_values: bool  # value_cache begins at an odd address
     shape: Shape
     plan: AttentionPlan
     num_workers: int
@@ -188,14 +189,20 @@ def layer_key(tensor: torch.Tensor | None) -> tuple | None:
 WGMMA_ROWS = 64
 
 
-def reads_pairs(query: TensorSpec, value_cache: TensorSpec) -> bool:
-    """Whether V, in fp8, can be read as pairs of elements."""
+def reads_pairs(query: TensorSpec, value_cache: TensorSpec, odd: bool) -> bool:
+    """Whether V, in fp8, can be read as pairs of elements; odd: its address is."""
     return (
         value_cache.dtype in FP8_DTYPES
+        and not odd
         and query.dtype != torch.float32
         and value_cache.shape[-1] % 2 == 0
         and all(stride % 2 == 0 for stride in value_cache.strides[:-1])
     )
+
+
+def is_aligned(*tensors: torch.Tensor) -> bool:
+    """Whether TMA can read them: it addresses units of 16 bytes."""
+    return not any(tensor.data_ptr() % 16 for tensor in tensors)
 
 
 class Launches(NamedTuple):
@@ -238,7 +245,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         WINDOWED=options.sliding_window is not None,
         SOFTCAP=options.softcap > 0,
     )
-    pairs = reads_pairs(specs["query"], specs["value_cache"])
+    pairs = reads_pairs(specs["query"], specs["value_cache"], options.odd_values)
     decode = Launch(
         decode_kernel,
         (options.num_workers,),
@@ -362,7 +369,14 @@ def varlen_attention(
     )
     shape, plan = schedule.shape, schedule.plan
     options = Options(
-        scale, causal, softcap, sliding_window, shape, plan, schedule.num_workers
+        scale,
+        causal,
+        softcap,
+        sliding_window,
+        value_cache.data_ptr() % 2 == 1,
+        shape,
+        plan,
+        schedule.num_workers,
     )
     key = (options, *map(layer_key, tensors.values()))
     launches = LAUNCHES.get(key)
@@ -388,7 +402,7 @@ def varlen_attention(
     num_items = schedule.work.shape[0]
     if num_items == 0:
         return
-    if launches.hopper and query.data_ptr() % 16 == 0:
+    if launches.hopper and is_aligned(query, key_cache, value_cache):
         hopper_prefill.hopper_prefill(
             query,
             key_cache,
