@@ -130,8 +130,15 @@ def make_probes(inputs: Inputs, query: torch.Tensor) -> list[Probe]:
     return probes
 
 
-def check(output: torch.Tensor, probes: Sequence[Probe], unit: torch.dtype) -> float:
-    """The largest error of an output.
+class Errors(NamedTuple):
+    """Of an output's probed elements."""
+
+    largest: float
+    rms: float
+
+
+def check(output: torch.Tensor, probes: Sequence[Probe], unit: torch.dtype) -> Errors:
+    """The errors of an output.
 
     Args:
         output: [num_tokens, num_query_heads, head_size].
@@ -143,10 +150,10 @@ def check(output: torch.Tensor, probes: Sequence[Probe], unit: torch.dtype) -> f
     """
     if not bool(torch.isfinite(output).all()):
         raise WrongResult("not finite, or rows were not written")
-    largest = 0.0
+    errors = []
     for rows, heads, expected in probes:
         error = (output[rows, heads].double() - expected.output).abs()
-        largest = max(largest, error.max().item())
+        errors.append(error.flatten())
         allowed = output_tolerance(expected, unit)
         if not bool((error <= allowed).all()):
             excess = (error / allowed).max().item()
@@ -154,7 +161,8 @@ def check(output: torch.Tensor, probes: Sequence[Probe], unit: torch.dtype) -> f
                 f"error {error.max().item():.2g} in rows {rows.start} to "
                 f"{rows.stop - 1}, {excess:.1f} times the tolerance"
             )
-    return largest
+    every = torch.cat(errors)
+    return Errors(every.max().item(), every.square().mean().sqrt().item())
 
 
 class WrongResult(Exception):
@@ -189,7 +197,8 @@ FIELDS = (
     *CASE_FIELDS,
     *("num_seqs", "query_len", "seq_len"),
     *("provider", "us", "TFLOP/s", "TB/s", "floor_us", "of_floor"),
-    *("vs_fa3", "vs_triton", "host_us", "max_error", "note"),
+    *("vs_fa3", "vs_triton", "host_us"),
+    *("max_error", "rms_error", "note"),
 )
 HIDDEN = ("dtype", "layout", "num_seqs", "query_len", "seq_len", "floor_us")
 WIDTHS = dict.fromkeys(HIDDEN, 0)
@@ -220,11 +229,8 @@ def option_text(case: Case) -> str:
 
 def verify(
     inputs: Inputs, provider: Provider, run: Callable, probes: dict, repeats: int
-) -> float:
+) -> Errors:
     """Runs into a poisoned output and checks it; further runs must repeat it bitwise.
-
-    Returns:
-        The largest error.
 
     Raises:
         WrongResult: with what is wrong.
@@ -234,13 +240,13 @@ def verify(
         probes[query.dtype] = make_probes(inputs, query)
     inputs.output.fill_(math.nan)
     run()
-    largest = check(provider.output(inputs), probes[query.dtype], query.dtype)
+    errors = check(provider.output(inputs), probes[query.dtype], query.dtype)
     first = provider.output(inputs).clone() if repeats else None
     for _ in range(repeats):
         run()
         if not torch.equal(first, provider.output(inputs)):
             raise WrongResult("a second run gave other bits")
-    return largest
+    return errors
 
 
 def measure(
@@ -264,7 +270,8 @@ def measure(
                 run = graphs[provider.name].replay
             if provider.checked:
                 repeats = 5 if options.repro else 0
-                row["max_error"] = verify(inputs, provider, run, probes, repeats)
+                errors = verify(inputs, provider, run, probes, repeats)
+                row |= {"max_error": errors.largest, "rms_error": errors.rms}
             calls[provider.name] = call
         except Unavailable as reason:
             row["note"] = f"skipped: {reason}"
