@@ -90,6 +90,15 @@ BAD_BATCHES = [
     ("k_scale", "two", change("k_scale", lambda t: torch.ones(2, device=DEVICE))),
     ("k_scale", "fp16", change("k_scale", lambda t: torch.ones(1).half().to(DEVICE))),
     ("k_scale", "a number", change("k_scale", lambda t: 2.0)),
+    ("sinks", "another head", change("sinks", lambda t: torch.ones(5, device=DEVICE))),
+    ("sinks", "2-D", change("sinks", lambda t: torch.ones(4, 1, device=DEVICE))),
+    ("sinks", "int32", change("sinks", lambda t: torch.ones(4, device=DEVICE).int())),
+    ("sinks", "device", change("sinks", lambda t: elsewhere(torch.ones(4)))),
+    (
+        "sinks",
+        "last stride",
+        change("sinks", lambda t: strided_last(torch.ones(4, device=DEVICE))),
+    ),
     ("v_scale", "two", change("v_scale", lambda t: torch.ones(2, device=DEVICE))),
     ("v_scale", "device", change("v_scale", lambda t: elsewhere(torch.ones(1)))),
 ]

@@ -126,8 +126,8 @@ def leave_partial(
 
 @triton.jit
 def write_combined(
-    output_ptr, lse_ptr, output_strides, lse_stride, v_scale,
-    partials, first_worker, num_parts, query_start, query_len, kv_head, m_block,
+    target, v_scale, partials, first_worker, num_parts,
+    query_start, query_len, kv_head, m_block,
     GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -141,8 +141,7 @@ def write_combined(
             rows, rows < num_rows, BLOCK_M, HEAD_PADDED, PARTS,
         )  # fmt: skip
         write_rows(
-            output_ptr, lse_ptr, output_strides, lse_stride,
-            acc, row_max, row_sum, v_scale, query_start,
+            target, acc, row_max, row_sum, v_scale, query_start,
             (m_block * BLOCK_M + rows) // GROUP,
             kv_head * GROUP + (m_block * BLOCK_M + rows) % GROUP,
             rows < num_rows, HEAD_SIZE, HEAD_PADDED,
@@ -168,6 +167,7 @@ def decode_kernel(
     arrivals_ptr,  # [num_workers], zero between launches
     k_scale_ptr,  # [1] or None
     v_scale_ptr,
+    sinks_ptr,  # [num_query_heads] or None
     output_strides,  # (token, head)
     lse_stride,
     query_strides,
@@ -191,6 +191,7 @@ def decode_kernel(
     SOFTCAP: tl.constexpr,
 ):
     partials = (partial_acc_ptr, partial_max_ptr, partial_sum_ptr)
+    target = (output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr)
     worker = tl.program_id(0)
     record = workers_ptr + worker * WORKER_FIELDS
     sequence, query_start, query_len, seq_len = load_sequence(record)
@@ -241,8 +242,7 @@ def decode_kernel(
         acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
         if num_tiles == row_tiles:
             write_rows(
-                output_ptr, lse_ptr, output_strides, lse_stride,
-                acc, row_max, row_sum, v_scale,
+                target, acc, row_max, row_sum, v_scale,
                 query_start, token, head, row_valid, HEAD_SIZE, HEAD_PADDED,
             )  # fmt: skip
         else:
@@ -258,7 +258,7 @@ def decode_kernel(
             if arrived == last_worker - first_worker:
                 tl.store(arrivals_ptr + first_worker, 0)
                 write_combined(
-                    output_ptr, lse_ptr, output_strides, lse_stride, v_scale,
+                    target, v_scale,
                     partials, first_worker, last_worker - first_worker + 1,
                     query_start, query_len, kv_head, m_block,
                     GROUP, HEAD_SIZE, HEAD_PADDED, BLOCK_M,

@@ -79,6 +79,7 @@ def prefill_kernel(
     items_ptr,  # [num_items, ITEM_FIELDS]
     k_scale_ptr,  # [1] or None
     v_scale_ptr,
+    sinks_ptr,  # [num_query_heads] or None
     output_strides,  # (token, head)
     lse_stride,
     query_strides,
@@ -152,7 +153,8 @@ def prefill_kernel(
     )  # fmt: skip
 
     acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
+    target = (output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr)
     write_rows(
-        output_ptr, lse_ptr, output_strides, lse_stride, acc, row_max, row_sum, v_scale,
+        target, acc, row_max, row_sum, v_scale,
         query_start, token, head, row_valid, HEAD_SIZE, HEAD_PADDED,
     )  # fmt: skip

@@ -14,7 +14,7 @@ of heads.
 
 from vllm.triton_utils import tl, triton
 
-from .softmax import log_sum_exp, normalize, softcap, softmax_step
+from .softmax import LN_2, add_sink, log_sum_exp, normalize, softcap, softmax_step
 
 
 @triton.jit
@@ -298,15 +298,22 @@ def whole(
 
 @triton.jit
 def write_rows(
-    output_ptr, lse_ptr, output_strides, lse_stride,
+    target,  # (output, lse or None, output strides, lse stride, sinks or None)
     acc, row_max, row_sum, v_scale,  # [M, D], [M], [M]
     query_start, token, head, row_valid,  # [M] each but query_start
     HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Normalises a tile of rows and writes it."""
+    """Normalises a tile of rows and writes it.
+
+    A row is written once, however its keys were split: its sink is counted here.
+    """
+    output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr = target
     dims = tl.arange(0, HEAD_PADDED)
     mask = row_valid[:, None] & (dims < HEAD_SIZE)[None, :]
     offsets = row_offsets(query_start, token, head, output_strides, dims)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head, mask=row_valid, other=0.0).to(tl.float32)
+        acc, row_max, row_sum = add_sink(acc, row_max, row_sum, sink / LN_2)
     out = normalize(acc, row_sum, v_scale).to(output_ptr.dtype.element_ty)
     tl.store(output_ptr + offsets, out, mask=mask)
     if lse_ptr is not None:

@@ -35,7 +35,7 @@ from .prefill import prefill_kernel
 from .schedule import VarlenSchedule
 from .softmax import LOG2_E
 
-OPTIONAL = ("k_scale", "v_scale", "output_lse")
+OPTIONAL = ("k_scale", "v_scale", "output_lse", "sinks")
 
 
 class Options(NamedTuple):
@@ -99,6 +99,10 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
         check_shape("output_lse", lse, rows[:2], query.shape[:2])
         check_dtype("output_lse", lse, (torch.float32,))
         check_last_stride("output_lse", lse)
+    if sinks := specs.get("sinks"):
+        check_shape("sinks", sinks, ("num_query_heads",), (num_query_heads,))
+        check_dtype("sinks", sinks, QUERY_DTYPES)
+        check_last_stride("sinks", sinks)
     for name in ("k_scale", "v_scale"):
         if spec := specs.get(name):
             check_scale(name, spec, "query", query)
@@ -272,6 +276,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
     streamed = [specs[name] for name in ("query", "key_cache", "value_cache")]
     hopper = (
         plan.hopper
+        and "sinks" not in specs
         and "k_scale" not in specs
         and "v_scale" not in specs
         and all(stride % 8 == 0 for spec in streamed for stride in spec.strides[:-1])
@@ -297,6 +302,7 @@ def varlen_attention(
     v_scale: torch.Tensor | None = None,
     output_lse: torch.Tensor | None = None,
     schedule: VarlenSchedule | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attends every sequence's new tokens to all of its keys and values.
 
@@ -326,9 +332,13 @@ def varlen_attention(
         k_scale: [1] float32, what the cached keys were divided by.
         v_scale: [1] float32, what the cached values were divided by.
         output_lse: [num_tokens, num_query_heads] float32, receives the natural
-            logarithm of each row's softmax denominator; -inf where no key is seen.
+            logarithm of each row's softmax denominator, the sink included; -inf where
+            that is 0.
         schedule: work lists, already updated for this batch; None: made here, at the
             cost of allocations and a launch.
+        sinks: [num_query_heads] float, for each head the logit of one key more, which
+            every query sees and whose value is 0. Where results over shares of the
+            keys are merged by their LSE, only one of the shares may have it.
 
     Raises:
         ValueError: naming the argument that is not supported.
@@ -344,6 +354,7 @@ def varlen_attention(
         k_scale=k_scale,
         v_scale=v_scale,
         output_lse=output_lse,
+        sinks=sinks,
     )
     if schedule is None:
         check_options(scale, softcap, sliding_window, max_query_len)
@@ -398,6 +409,7 @@ def varlen_attention(
         schedule.arrivals,
         k_scale,
         v_scale,
+        sinks,
     )
     num_items = schedule.work.shape[0]
     if num_items == 0:
@@ -428,5 +440,6 @@ def varlen_attention(
             schedule.work,
             k_scale,
             v_scale,
+            sinks,
             grid=(shape.num_query_heads // plan.prefill_pack, num_items),
         )
