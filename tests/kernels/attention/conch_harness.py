@@ -120,6 +120,8 @@ class Batch:
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    alibi_sqrt: bool = False
 
     @property
     def num_live_tokens(self) -> int:

@@ -42,6 +42,10 @@ def made_for(**options) -> Callable[[Batch], Batch]:
     return lambda batch: make_batch([(1, 20), (3, 3)], **options)
 
 
+def ones(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, device=DEVICE)
+
+
 # Argument that the message names, what is wrong, and how a good batch becomes bad.
 BAD_BATCHES = [
     ("query", "2-D", change("query", lambda t: t.flatten(1))),
@@ -90,15 +94,15 @@ BAD_BATCHES = [
     ("k_scale", "two", change("k_scale", lambda t: torch.ones(2, device=DEVICE))),
     ("k_scale", "fp16", change("k_scale", lambda t: torch.ones(1).half().to(DEVICE))),
     ("k_scale", "a number", change("k_scale", lambda t: 2.0)),
-    ("sinks", "another head", change("sinks", lambda t: torch.ones(5, device=DEVICE))),
-    ("sinks", "2-D", change("sinks", lambda t: torch.ones(4, 1, device=DEVICE))),
-    ("sinks", "int32", change("sinks", lambda t: torch.ones(4, device=DEVICE).int())),
-    ("sinks", "device", change("sinks", lambda t: elsewhere(torch.ones(4)))),
-    (
-        "sinks",
-        "last stride",
-        change("sinks", lambda t: strided_last(torch.ones(4, device=DEVICE))),
-    ),
+    ("sinks", "heads", change("sinks", lambda t: ones(5))),
+    ("sinks", "2-D", change("sinks", lambda t: ones(4, 1))),
+    ("sinks", "int32", change("sinks", lambda t: ones(4).int())),
+    ("sinks", "stride", change("sinks", lambda t: ones(8)[::2])),
+    ("sinks", "device", change("sinks", lambda t: elsewhere(ones(4)))),
+    ("alibi_slopes", "heads", change("alibi_slopes", lambda t: ones(5))),
+    ("alibi_slopes", "fp16", change("alibi_slopes", lambda t: ones(4).half())),
+    ("alibi_slopes", "stride", change("alibi_slopes", lambda t: ones(8)[::2])),
+    ("alibi_slopes", "device", change("alibi_slopes", lambda t: elsewhere(ones(4)))),
     ("v_scale", "two", change("v_scale", lambda t: torch.ones(2, device=DEVICE))),
     ("v_scale", "device", change("v_scale", lambda t: elsewhere(torch.ones(1)))),
 ]

@@ -17,6 +17,7 @@ from .tile import (
     attend_tiles,
     load_query,
     load_scales,
+    load_slopes,
     query_rows,
     row_offsets,
     start_state,
@@ -168,6 +169,7 @@ def decode_kernel(
     k_scale_ptr,  # [1] or None
     v_scale_ptr,
     sinks_ptr,  # [num_query_heads] or None
+    slopes_ptr,  # [num_query_heads] fp32, or None
     output_strides,  # (token, head)
     lse_stride,
     query_strides,
@@ -189,6 +191,7 @@ def decode_kernel(
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    ALIBI_SQRT: tl.constexpr,
 ):
     partials = (partial_acc_ptr, partial_max_ptr, partial_sum_ptr)
     target = (output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr)
@@ -226,6 +229,9 @@ def decode_kernel(
             key_ptr.dtype.element_ty,
             SOFTCAP,
         )
+        sight = (window, None)
+        if slopes_ptr is not None:
+            sight = (window, load_slopes(slopes_ptr, head, row_valid))
         state = start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
         acc, row_max, row_sum = attend_tiles(
             state, query, seq_len - query_len + token,
@@ -234,9 +240,9 @@ def decode_kernel(
             key_strides, value_strides,
             block_table_ptr + sequence.to(tl.int64) * block_table_stride,
             (first_tile + tile, first_tile + tile + num_tiles), (first_key, seq_len),
-            scales, window,
-            CAUSAL, WINDOWED, SOFTCAP, True, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
-            PRECISION, PAIRED_VALUES,
+            scales, sight,
+            CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
+            TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
         )  # fmt: skip
 
         acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)

@@ -13,6 +13,7 @@ from .tile import (
     attend_tiles,
     load_query,
     load_scales,
+    load_slopes,
     query_rows,
     row_offsets,
     start_state,
@@ -80,6 +81,7 @@ def prefill_kernel(
     k_scale_ptr,  # [1] or None
     v_scale_ptr,
     sinks_ptr,  # [num_query_heads] or None
+    slopes_ptr,  # [num_query_heads] fp32, or None
     output_strides,  # (token, head)
     lse_stride,
     query_strides,
@@ -101,6 +103,7 @@ def prefill_kernel(
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    ALIBI_SQRT: tl.constexpr,
 ):
     first_head = tl.program_id(0) * PACK
     kv_head = first_head // GROUP
@@ -130,26 +133,29 @@ def prefill_kernel(
     block_row = block_table_ptr + sequence.to(tl.int64) * block_table_stride
     key_ptr += kv_head.to(tl.int64) * key_strides[2]
     value_ptr += kv_head.to(tl.int64) * value_strides[2]
+    sight = (window, None)
+    if slopes_ptr is not None:
+        sight = (window, load_slopes(slopes_ptr, head, row_valid))
     state = start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
     # Left edge of the window, then whole tiles, then diagonal and end.
     if WINDOWED:
         state = attend_tiles(
             state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-            block_row, (first, full_first), keys_range, scales, window,
-            CAUSAL, WINDOWED, SOFTCAP, True, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
-            PRECISION, PAIRED_VALUES,
+            block_row, (first, full_first), keys_range, scales, sight,
+            CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
+            TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
         )  # fmt: skip
     state = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-        block_row, (full_first, full_end), keys_range, scales, window,
-        CAUSAL, WINDOWED, SOFTCAP, False, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
-        PRECISION, PAIRED_VALUES,
+        block_row, (full_first, full_end), keys_range, scales, sight,
+        CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, False,
+        TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
     )  # fmt: skip
     acc, row_max, row_sum = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-        block_row, (full_end, end), keys_range, scales, window,
-        CAUSAL, WINDOWED, SOFTCAP, True, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
-        PRECISION, PAIRED_VALUES,
+        block_row, (full_end, end), keys_range, scales, sight,
+        CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
+        TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
     )  # fmt: skip
 
     acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)

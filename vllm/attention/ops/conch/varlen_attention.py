@@ -35,7 +35,9 @@ from .prefill import prefill_kernel
 from .schedule import VarlenSchedule
 from .softmax import LOG2_E
 
-OPTIONAL = ("k_scale", "v_scale", "output_lse", "sinks")
+OPTIONAL = ("k_scale", "v_scale", "output_lse", "sinks", "alibi_slopes")
+# What the Hopper prefill kernel does not take.
+PORTABLE = ("k_scale", "v_scale", "sinks", "alibi_slopes")
 
 
 class Options(NamedTuple):
@@ -45,6 +47,7 @@ class Options(NamedTuple):
     causal: bool
     softcap: float
     sliding_window: int | None
+    alibi_sqrt: bool
     odd_values: bool  # value_cache begins at an odd address
     shape: Shape
     plan: AttentionPlan
@@ -103,6 +106,10 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
         check_shape("sinks", sinks, ("num_query_heads",), (num_query_heads,))
         check_dtype("sinks", sinks, QUERY_DTYPES)
         check_last_stride("sinks", sinks)
+    if slopes := specs.get("alibi_slopes"):
+        check_shape("alibi_slopes", slopes, ("num_query_heads",), (num_query_heads,))
+        check_dtype("alibi_slopes", slopes, (torch.float32,))
+        check_last_stride("alibi_slopes", slopes)
     for name in ("k_scale", "v_scale"):
         if spec := specs.get(name):
             check_scale(name, spec, "query", query)
@@ -248,6 +255,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         CAUSAL=options.causal,
         WINDOWED=options.sliding_window is not None,
         SOFTCAP=options.softcap > 0,
+        ALIBI_SQRT=options.alibi_sqrt,
     )
     pairs = reads_pairs(specs["query"], specs["value_cache"], options.odd_values)
     decode = Launch(
@@ -276,9 +284,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
     streamed = [specs[name] for name in ("query", "key_cache", "value_cache")]
     hopper = (
         plan.hopper
-        and "sinks" not in specs
-        and "k_scale" not in specs
-        and "v_scale" not in specs
+        and specs.keys().isdisjoint(PORTABLE)
         and all(stride % 8 == 0 for spec in streamed for stride in spec.strides[:-1])
     )
     return Launches(decode, prefill, hopper)
@@ -303,6 +309,8 @@ def varlen_attention(
     output_lse: torch.Tensor | None = None,
     schedule: VarlenSchedule | None = None,
     sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    alibi_sqrt: bool = False,
 ) -> None:
     """Attends every sequence's new tokens to all of its keys and values.
 
@@ -339,6 +347,10 @@ def varlen_attention(
         sinks: [num_query_heads] float, for each head the logit of one key more, which
             every query sees and whose value is 0. Where results over shares of the
             keys are merged by their LSE, only one of the shares may have it.
+        alibi_slopes: [num_query_heads] float32; logits get, after a softcap, slope *
+            (key position - query position) more.
+        alibi_sqrt: what they get is -slope * sqrt(query position - key position), and
+            nothing for keys behind the query.
 
     Raises:
         ValueError: naming the argument that is not supported.
@@ -355,6 +367,7 @@ def varlen_attention(
         v_scale=v_scale,
         output_lse=output_lse,
         sinks=sinks,
+        alibi_slopes=alibi_slopes,
     )
     if schedule is None:
         check_options(scale, softcap, sliding_window, max_query_len)
@@ -384,6 +397,7 @@ def varlen_attention(
         causal,
         softcap,
         sliding_window,
+        alibi_sqrt,
         value_cache.data_ptr() % 2 == 1,
         shape,
         plan,
@@ -410,6 +424,7 @@ def varlen_attention(
         k_scale,
         v_scale,
         sinks,
+        alibi_slopes,
     )
     num_items = schedule.work.shape[0]
     if num_items == 0:
@@ -441,5 +456,6 @@ def varlen_attention(
             k_scale,
             v_scale,
             sinks,
+            alibi_slopes,
             grid=(shape.num_query_heads // plan.prefill_pack, num_items),
         )
