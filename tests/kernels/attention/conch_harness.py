@@ -122,6 +122,10 @@ class Batch:
     sinks: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
     alibi_sqrt: bool = False
+    mm_prefix_range: torch.Tensor | None = None
+    mm_prefix_in_window: bool = False
+    prefix_lens: torch.Tensor | None = None
+    chunk_lookback: int = -1
 
     @property
     def num_live_tokens(self) -> int:
@@ -266,6 +270,7 @@ def make_schedule(batch: Batch, **options) -> VarlenSchedule:
         "kv_dtype": batch.key_cache.dtype,
         "device": batch.query.device,
         "sliding_window": batch.sliding_window,
+        "chunk_lookback": batch.chunk_lookback,
     } | options
     return VarlenSchedule(**options)
 
@@ -277,6 +282,9 @@ def update(schedule: VarlenSchedule, batch: Batch) -> VarlenSchedule:
         batch.seq_lens,
         max_query_len=batch.max_query_len,
         num_tokens=len(batch.query),
+        mm_prefix_range=batch.mm_prefix_range,
+        mm_prefix_in_window=batch.mm_prefix_in_window,
+        prefix_lens=batch.prefix_lens,
     )
     return schedule
 

@@ -71,7 +71,7 @@ def visible_keys(
         visible &= (distance.abs() < sliding_window) | (key < prefix_len)
     for first, last in ranges:
         both = (first <= position) & (position <= last) & (first <= key) & (key <= last)
-        if ranges_in_window:
+        if ranges_in_window and sliding_window is not None:
             both &= distance < sliding_window
         if first < last:
             visible |= both
@@ -343,7 +343,9 @@ def output_tolerance(
     additions to one accumulator, of 2^-23 each, all point to zero.
     """
     unit = torch.finfo(dtype).eps / 2
-    rounding = unit * (reference.output.abs() + 4 * reference.output_noise)
+    # Below the smallest normal number the steps of a format no longer shrink.
+    output = reference.output.abs().clamp(min=torch.finfo(dtype).smallest_normal)
+    rounding = unit * (output + 4 * reference.output_noise)
     truncation = truncated_sums * 2.0**-23 * reference.output_size
     return rounding + truncation + 8 * 2.0**-24 * reference.output_drift
 

@@ -127,3 +127,129 @@ def test_alibi_slopes_of_zero_change_nothing():
         output, lse = check(batch)
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-6)
+
+
+def flags(*values: int, dtype: torch.dtype = torch.bool) -> torch.Tensor:
+    return torch.tensor(values, device=DEVICE).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32])
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize("values", [(1, 0, 1, 0, 0, 1), (0, 1, 0, 1, 1, 0)])
+@all_batches
+def test_causal_flags(lengths, values, window, dtype):
+    causal = flags(*values[: len(lengths)], dtype=dtype)
+    check_splits(make_batch(lengths, causal=causal, sliding_window=window))
+
+
+@all_batches
+def test_causal_flags_that_agree(lengths):
+    for causal in True, False:
+        batch = make_batch(lengths, causal=flags(*[causal] * len(lengths)))
+        output, lse = check(batch)
+        plain = dataclasses.replace(batch, causal=causal)
+        for one, other in zip((output, lse), attend(plain)):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+# Of each sequence; a range of one token is none, and one may end behind the sequence.
+RANGES = [
+    [(3, 40), (60, 69), (0, 0)],
+    [(5, 5), (120, 300), (0, 0)],
+    [(0, 5), (7, 19), (10, 25)],
+    [(50, 60), (62, 70), (9, 47)],
+    [(0, 0), (0, 0), (0, 0)],
+    [(0, 2), (0, 0), (2**20, 2**21)],
+]
+
+
+def ranges_of(lengths) -> torch.Tensor:
+    rows = RANGES[: len(lengths)]
+    return torch.tensor(rows, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 1, 12, 40])
+@pytest.mark.parametrize("in_window", [False, True])
+@all_batches
+def test_mm_prefix_range(lengths, in_window, window, dtype):
+    check_splits(
+        make_batch(
+            lengths,
+            dtype=dtype,
+            sliding_window=window,
+            mm_prefix_range=ranges_of(lengths),
+            mm_prefix_in_window=in_window,
+        )
+    )
+
+
+@pytest.mark.parametrize("seen", [(0, 0), (30, 30), (19, 3)])
+def test_mm_prefix_ranges_that_are_unused(seen):
+    ranges = torch.tensor([[seen, (0, 0)]] * 6, dtype=torch.int32, device=DEVICE)
+    for window in None, 12:
+        batch = make_batch(MIXED, sliding_window=window, mm_prefix_range=ranges)
+        output, _ = check(batch)
+        plain, _ = attend(dataclasses.replace(batch, mm_prefix_range=None))
+        torch.testing.assert_close(output, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_an_image_in_a_prompt_is_seen_whole_by_its_first_token():
+    """The first token of the image averages the values of prompt and image."""
+    batch = make_batch([(40, 40)], sliding_window=None)
+    batch.mm_prefix_range = torch.tensor([[(10, 29)]], dtype=torch.int32).to(DEVICE)
+    batch.key_cache[batch.key_cache.isfinite()] = 0
+    _, lse = check(batch)
+    seen = [i + 1 for i in range(10)] + [30] * 20 + [i + 1 for i in range(30, 40)]
+    expected = torch.tensor(seen, device=DEVICE).log()[:, None].expand(-1, 4)
+    torch.testing.assert_close(lse, expected, rtol=1e-5, atol=1e-5)
+
+
+def lens(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("window", [1, 12, 40])
+@pytest.mark.parametrize("prefix", [(0, 5, 1, 7, 0, 1), (70, 33, 0, 70, 3, 0)])
+@all_batches
+def test_prefix_lens(lengths, prefix, window):
+    prefix = lens(*prefix[: len(lengths)])
+    batch = make_batch(lengths, sliding_window=window, prefix_lens=prefix)
+    check_splits(batch)
+
+
+@pytest.mark.parametrize(
+    "window, lookback", [(16, 0), (32, 1), (30, 1), (9, 2), (1, 0)]
+)
+@all_batches
+def test_chunk_lookback(lengths, window, lookback):
+    check_splits(make_batch(lengths, sliding_window=window, chunk_lookback=lookback))
+
+
+@pytest.mark.parametrize("kv_dtype", [None, KV_FP8_DTYPES[0]])
+@pytest.mark.parametrize("block_size", [16, 48])
+@all_batches
+def test_features_together(lengths, block_size, kv_dtype):
+    check_splits(
+        make_batch(
+            lengths,
+            dtype=HALF_DTYPES[-1],
+            kv_dtype=kv_dtype,
+            block_size=block_size,
+            sliding_window=20,
+            softcap=8.0,
+            causal=flags(*(1, 0, 1, 0, 1, 0)[: len(lengths)]),
+            sinks=per_head(*SINKS),
+            alibi_slopes=per_head(*SLOPES),
+            mm_prefix_range=ranges_of(lengths),
+        )
+    )
+
+
+def test_longer_buffers_than_the_batch():
+    """Persistent buffers have rows for sequences that are not there."""
+    longer = MIXED + [(1, 1)] * 3
+    ranges = torch.tensor(RANGES + RANGES[:3], dtype=torch.int32, device=DEVICE)
+    assert len(ranges) == len(longer)
+    check(make_batch(MIXED, mm_prefix_range=ranges, causal=flags(*[1, 0, 0] * 3)))
+    check(make_batch(MIXED, prefix_lens=lens(*[2, 0, 30] * 3), sliding_window=9))

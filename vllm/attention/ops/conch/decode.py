@@ -13,6 +13,7 @@ the keys (FlashDecoding, Dao et al. 2023), so results do not depend on timing.
 
 from vllm.triton_utils import tl, triton
 
+from .limits import first_seen_key, row_limits
 from .tile import (
     attend_tiles,
     load_query,
@@ -36,15 +37,10 @@ COMBINE_ROWS: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
-def decode_key_tiles(
-    query_len, seq_len, window, TILE: tl.constexpr, WINDOWED: tl.constexpr
-):
-    """First key, first tile and number of tiles of a decode row, at least one."""
-    first_key = query_len * 0
-    if WINDOWED:
-        first_key = tl.maximum(seq_len - query_len - window + 1, 0)
+def decode_key_tiles(first_key, seq_len, TILE: tl.constexpr):
+    """First tile and number of tiles of a decode row, at least one."""
     first_tile = first_key // TILE
-    return first_key, first_tile, tl.maximum(tl.cdiv(seq_len, TILE) - first_tile, 1)
+    return first_tile, tl.maximum(tl.cdiv(seq_len, TILE) - first_tile, 1)
 
 
 @triton.jit
@@ -149,9 +145,18 @@ def write_combined(
         )  # fmt: skip
 
 
-# Microbatches slice the block table anywhere: its alignment must make no variant.
+# Microbatches slice what is per sequence anywhere: alignment must make no variant.
 @triton.jit(
-    do_not_specialize=["block_table_ptr", "lse_stride", "block_table_stride", "window"]
+    do_not_specialize=[
+        "block_table_ptr",
+        "causal_ptr",
+        "ranges_ptr",
+        "prefix_ptr",
+        "lse_stride",
+        "block_table_stride",
+        "window",
+        "num_ranges",
+    ]
 )
 def decode_kernel(
     output_ptr,  # [num_tokens, num_query_heads, head_size]
@@ -170,6 +175,9 @@ def decode_kernel(
     v_scale_ptr,
     sinks_ptr,  # [num_query_heads] or None
     slopes_ptr,  # [num_query_heads] fp32, or None
+    causal_ptr,  # [num_seqs] or None
+    ranges_ptr,  # [num_seqs, num_ranges, 2] or None
+    prefix_ptr,  # [num_seqs] or None
     output_strides,  # (token, head)
     lse_stride,
     query_strides,
@@ -178,7 +186,8 @@ def decode_kernel(
     block_table_stride,
     scale,  # softmax scale in log2 units; with softcap: the cap in log2 units
     cap_scale,  # softcap's inner scale
-    window,
+    window,  # keys, or with a lookback the size of a chunk
+    num_ranges,  # None without ranges
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -192,8 +201,12 @@ def decode_kernel(
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ALIBI_SQRT: tl.constexpr,
+    LIMITED: tl.constexpr,  # what rows see is not causality and a window alone
+    CHUNK_LOOKBACK: tl.constexpr,  # -1: none
+    RANGES_IN_WINDOW: tl.constexpr,
 ):
     partials = (partial_acc_ptr, partial_max_ptr, partial_sum_ptr)
+    ranges = (ranges_ptr, num_ranges)
     target = (output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr)
     worker = tl.program_id(0)
     record = workers_ptr + worker * WORKER_FIELDS
@@ -211,9 +224,11 @@ def decode_kernel(
     dims = tl.arange(0, HEAD_PADDED)
 
     while remaining > 0:
-        first_key, first_tile, row_tiles = decode_key_tiles(
-            query_len, seq_len, window, TILE, WINDOWED
-        )
+        first_key = first_seen_key(
+            query_len, seq_len, sequence, window, ranges, prefix_ptr,
+            WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW,
+        )  # fmt: skip
+        first_tile, row_tiles = decode_key_tiles(first_key, seq_len, TILE)
         num_tiles = tl.minimum(remaining, row_tiles - tile)
         kv_head = row % NUM_KV_HEADS
         m_block = row // NUM_KV_HEADS
@@ -229,12 +244,22 @@ def decode_kernel(
             key_ptr.dtype.element_ty,
             SOFTCAP,
         )
-        sight = (window, None)
-        if slopes_ptr is not None:
-            sight = (window, load_slopes(slopes_ptr, head, row_valid))
+        position = seq_len - query_len + token
+        if slopes_ptr is None:
+            slopes: tl.constexpr = None
+        else:
+            slopes = load_slopes(slopes_ptr, head, row_valid)
+        if LIMITED:
+            limits = row_limits(
+                position, sequence, seq_len, window, causal_ptr, ranges, prefix_ptr,
+                CAUSAL, WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW,
+            )  # fmt: skip
+        else:
+            limits: tl.constexpr = None
+        sight = (window, slopes, limits)
         state = start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
         acc, row_max, row_sum = attend_tiles(
-            state, query, seq_len - query_len + token,
+            state, query, position,
             key_ptr + kv_head.to(tl.int64) * key_strides[2],
             value_ptr + kv_head.to(tl.int64) * value_strides[2],
             key_strides, value_strides,

@@ -14,6 +14,7 @@ of heads.
 
 from vllm.triton_utils import tl, triton
 
+from .limits import is_in_limits
 from .softmax import LN_2, add_sink, log_sum_exp, normalize, softcap, softmax_step
 
 
@@ -155,7 +156,8 @@ def weigh_tile(
     key_strides,  # (page, slot, head)
     keys_range,  # (first, end): keys outside are neither read nor weighed
     scales,  # (softmax scale in log2 units, softcap's inner scale)
-    sight,  # (window: keys that a query sees, itself included; slopes [M] or None)
+    sight,  # (window: keys that a query sees, itself included; slopes [M] or None;
+    # the rows' limits, which replace causality and window, or None)
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -183,16 +185,18 @@ def weigh_tile(
     scores = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
     if SOFTCAP:
         scores = softcap(scores, scales[1])
-    window, slopes = sight
+    window, slopes, limits = sight
     scale = scales[0]
     if slopes is not None:
         scores = scores * scale + alibi(slopes, keys, position, ALIBI_SQRT)
         scale = 1.0
     if MASKED:
         visible = valid[None, :]
-        if CAUSAL:
+        if limits is not None:
+            visible = visible & is_in_limits(keys, limits)
+        elif CAUSAL:
             visible = visible & (keys[None, :] <= position[:, None])
-        if WINDOWED:
+        if WINDOWED and limits is None:
             visible = visible & (keys[None, :] > position[:, None] - window)
             if not CAUSAL:
                 visible = visible & (keys[None, :] < position[:, None] + window)
