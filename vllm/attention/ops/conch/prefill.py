@@ -110,6 +110,7 @@ def prefill_kernel(
     causal_ptr,  # [num_seqs] or None
     ranges_ptr,  # [num_seqs, num_ranges, 2] or None
     prefix_ptr,  # [num_seqs] or None
+    output_scale_ptr,  # [1] or None
     output_strides,  # (token, head)
     lse_stride,
     query_strides,
@@ -136,6 +137,8 @@ def prefill_kernel(
     LIMITED: tl.constexpr,  # what rows see is not causality and a window alone
     CHUNK_LOOKBACK: tl.constexpr,  # -1: none
     RANGES_IN_WINDOW: tl.constexpr,
+    FP8: tl.constexpr,  # format of an output that is divided by output_scale, or None
+    FP8_MAX: tl.constexpr,
 ):
     first_head = tl.program_id(0) * PACK
     kv_head = first_head // GROUP
@@ -203,8 +206,10 @@ def prefill_kernel(
     )  # fmt: skip
 
     acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
-    target = (output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr)
+    target = (
+        output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr, output_scale_ptr,
+    )  # fmt: skip
     write_rows(
         target, acc, row_max, row_sum, v_scale,
-        query_start, token, head, row_valid, HEAD_SIZE, HEAD_PADDED,
+        query_start, token, head, row_valid, HEAD_SIZE, HEAD_PADDED, FP8, FP8_MAX,
     )  # fmt: skip
