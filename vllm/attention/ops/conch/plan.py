@@ -5,6 +5,7 @@
 Pure Python, no tensors, no launches: everything here can be tested without a GPU.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ class Device:
     arch: Any  # 90, "gfx942", ...
     num_units: int  # multiprocessors or compute units
     shared_memory: int  # bytes that one program may use
+    num_xcds: int = 1  # dies with an L2 each, to which programs are dealt in turn
 
 
 class Shape(NamedTuple):
@@ -103,6 +105,7 @@ class AttentionPlan:
     decode: Config
     prefill: Config  # the portable kernel's, with the same rows as Hopper's
     prefill_pack: int  # query heads in a tile of prefill rows
+    head_lanes: int | None  # see `head_lanes`
     hopper: bool  # the Hopper kernel does prefills, where strides allow
     num_workers: int  # programs of the decode kernel, all resident at once
 
@@ -115,12 +118,23 @@ def this_device(index: int | None) -> Device:
     driver = triton.runtime.driver.active
     target = driver.get_current_target()
     properties = driver.utils.get_device_properties(index)
+    num_units = properties["multiprocessor_count"]
     return Device(
         target.backend,
         target.arch,
-        properties["multiprocessor_count"],
+        num_units,
         properties["max_shared_mem"],
+        count_xcds(target.arch, num_units),
     )
+
+
+# Compute units of one die: an MI300X has 304 on 8, an MI355X 256 on 8.
+XCD_UNITS = {"gfx942": 38, "gfx950": 32}
+
+
+def count_xcds(arch: Any, num_units: int) -> int:
+    """Dies of a GPU, or of the part of one that a partition shows."""
+    return max(1, num_units // XCD_UNITS[arch]) if arch in XCD_UNITS else 1
 
 
 def unsupported_kv_dtype(
@@ -231,6 +245,16 @@ def plan_prefill_hopper(shape: Shape) -> Config:
     return Config(64, 32, 8, 2)
 
 
+def head_lanes(head_tiles: int, num_xcds: int) -> int | None:
+    """In how many lanes the head tiles of a prefill go side by side; None: all.
+
+    Programs are dealt to the XCDs in turn, so a number of lanes that divides that of
+    the XCDs keeps every lane on XCDs of its own: all tiles that share a KV head find
+    its keys in one L2 (4 MiB on an MI300X), one head at a time.
+    """
+    return math.gcd(head_tiles, num_xcds) if num_xcds > 1 else None
+
+
 @cache
 def make_plan(
     shape: Shape, device: Device, max_query_len: int, portable: bool = False
@@ -264,6 +288,7 @@ def make_plan(
         decode=plan_decode(shape, device, max_query_len),
         prefill=prefill,
         prefill_pack=pack,
+        head_lanes=head_lanes(shape.num_query_heads // pack, device.num_xcds),
         hopper=hopper,
         num_workers=2 * device.num_units,
     )

@@ -65,6 +65,18 @@ def key_tile_bounds(
     return (first_key, end_key), first, full_first, tl.minimum(full_end, end), end
 
 
+@triton.jit
+def head_and_item(program, head_tiles, num_items, HEAD_LANES: tl.constexpr):
+    """Which head tile and which item a program takes; see `plan.head_lanes`.
+
+    Programs are dealt to HEAD_LANES lanes in turn. Each lane has an equal run of the
+    head tiles and takes all items of one before the next.
+    """
+    rank = program // HEAD_LANES  # in its lane
+    head_tile = program % HEAD_LANES * (head_tiles // HEAD_LANES) + rank // num_items
+    return head_tile, rank % num_items
+
+
 # Microbatches slice the block table anywhere: its alignment must make no variant.
 @triton.jit(
     do_not_specialize=["block_table_ptr", "lse_stride", "block_table_stride", "window"]
@@ -90,6 +102,7 @@ def prefill_kernel(
     window,
     GROUP: tl.constexpr,  # query heads per KV head
     PACK: tl.constexpr,  # query heads in a tile, a divisor of GROUP
+    HEAD_LANES: tl.constexpr,  # see head_and_item; None: a grid of heads and items
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -101,9 +114,15 @@ def prefill_kernel(
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    first_head = tl.program_id(0) * PACK
+    head_tile, item_index = tl.program_id(0), tl.program_id(1)
+    if HEAD_LANES is not None:
+        head_tiles, num_items = tl.num_programs(0), tl.num_programs(1)
+        head_tile, item_index = head_and_item(
+            head_tile + item_index * head_tiles, head_tiles, num_items, HEAD_LANES
+        )
+    first_head = head_tile * PACK
     kv_head = first_head // GROUP
-    item = items_ptr + tl.program_id(1) * ITEM_FIELDS
+    item = items_ptr + item_index * ITEM_FIELDS
     sequence = tl.load(item)
     if sequence < 0:
         return

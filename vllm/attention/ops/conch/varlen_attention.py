@@ -263,6 +263,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         arguments,
         dict(
             PACK=plan.prefill_pack,
+            HEAD_LANES=plan.head_lanes,
             PAIRED_VALUES=pairs and plan.prefill.block_m < WGMMA_ROWS,
             **variant,
             **plan.prefill.constants(),
