@@ -139,6 +139,9 @@ BAD_BATCHES = [
     ("chunk_lookback", "empty chunks", windowed(chunk_lookback=8)),
     ("chunk_lookback", "not causal", windowed(chunk_lookback=1, causal=False)),
     ("chunk_lookback", "flags", windowed(chunk_lookback=1, causal=zeros(2))),
+    ("output_scale", "two", change("output_scale", lambda t: ones(2))),
+    ("output_scale", "device", change("output_scale", lambda t: elsewhere(ones(1)))),
+    ("output", "not fp8", change("output_scale", lambda t: ones(1))),
     ("v_scale", "two", change("v_scale", lambda t: torch.ones(2, device=DEVICE))),
     ("v_scale", "device", change("v_scale", lambda t: elsewhere(torch.ones(1)))),
 ]

@@ -158,7 +158,7 @@ RANGES = [
     [(5, 5), (120, 300), (0, 0)],
     [(0, 5), (7, 19), (10, 25)],
     [(50, 60), (62, 70), (9, 47)],
-    [(0, 0), (0, 0), (0, 0)],
+    [(0, 0), (35, 45), (0, 0)],
     [(0, 2), (0, 0), (2**20, 2**21)],
 ]
 
@@ -253,3 +253,37 @@ def test_longer_buffers_than_the_batch():
     assert len(ranges) == len(longer)
     check(make_batch(MIXED, mm_prefix_range=ranges, causal=flags(*[1, 0, 0] * 3)))
     check(make_batch(MIXED, prefix_lens=lens(*[2, 0, 30] * 3), sliding_window=9))
+
+
+def quantized(dtype: torch.dtype, scale: float) -> dict:
+    return {"output_dtype": dtype, "output_scale": per_head(scale)}
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0])
+@pytest.mark.parametrize("output_dtype", KV_FP8_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@all_batches
+def test_output_scale(lengths, dtype, output_dtype, scale):
+    check_splits(make_batch(lengths, dtype=dtype, **quantized(output_dtype, scale)))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@all_batches
+def test_output_scale_with_other_options(lengths, options):
+    options = options | quantized(KV_FP8_DTYPES[0], 0.1)
+    check(make_batch(lengths, dtype=HALF_DTYPES[-1], **options))
+
+
+@pytest.mark.parametrize("output_dtype", KV_FP8_DTYPES)
+@all_batches
+def test_output_scale_rounds_the_output_once_and_saturates(lengths, output_dtype):
+    """As torch rounds the quotient of the fp32 output; the largest saturate."""
+    batch = make_batch(lengths)
+    output, _ = attend(batch)
+    limit = torch.finfo(output_dtype).max
+    scale = output.abs().max()[None] / (2 * limit)
+    quantized = {"output_dtype": output_dtype, "output_scale": scale}
+    actual, _ = attend(dataclasses.replace(batch, **quantized))
+    expected = (output / scale).clamp(-limit, limit).to(output_dtype)
+    assert (actual.float() == expected.float()).all()
+    assert (actual.float().abs() == limit).any()

@@ -126,7 +126,7 @@ def write_combined(
     target, v_scale, partials, first_worker, num_parts,
     query_start, query_len, kv_head, m_block,
     GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, FP8: tl.constexpr, FP8_MAX: tl.constexpr,
 ):  # fmt: skip
     """Combines the partials of one decode row and writes its tile of query rows."""
     PARTS: tl.constexpr = 2048 // HEAD_PADDED  # 64 registers a thread
@@ -141,7 +141,7 @@ def write_combined(
             target, acc, row_max, row_sum, v_scale, query_start,
             (m_block * BLOCK_M + rows) // GROUP,
             kv_head * GROUP + (m_block * BLOCK_M + rows) % GROUP,
-            rows < num_rows, HEAD_SIZE, HEAD_PADDED,
+            rows < num_rows, HEAD_SIZE, HEAD_PADDED, FP8, FP8_MAX,
         )  # fmt: skip
 
 
@@ -178,6 +178,7 @@ def decode_kernel(
     causal_ptr,  # [num_seqs] or None
     ranges_ptr,  # [num_seqs, num_ranges, 2] or None
     prefix_ptr,  # [num_seqs] or None
+    output_scale_ptr,  # [1] or None
     output_strides,  # (token, head)
     lse_stride,
     query_strides,
@@ -204,10 +205,14 @@ def decode_kernel(
     LIMITED: tl.constexpr,  # what rows see is not causality and a window alone
     CHUNK_LOOKBACK: tl.constexpr,  # -1: none
     RANGES_IN_WINDOW: tl.constexpr,
+    FP8: tl.constexpr,  # format of an output that is divided by output_scale, or None
+    FP8_MAX: tl.constexpr,
 ):
     partials = (partial_acc_ptr, partial_max_ptr, partial_sum_ptr)
     ranges = (ranges_ptr, num_ranges)
-    target = (output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr)
+    target = (
+        output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr, output_scale_ptr,
+    )  # fmt: skip
     worker = tl.program_id(0)
     record = workers_ptr + worker * WORKER_FIELDS
     sequence, query_start, query_len, seq_len = load_sequence(record)
@@ -274,7 +279,8 @@ def decode_kernel(
         if num_tiles == row_tiles:
             write_rows(
                 target, acc, row_max, row_sum, v_scale,
-                query_start, token, head, row_valid, HEAD_SIZE, HEAD_PADDED,
+                query_start, token, head, row_valid,
+                HEAD_SIZE, HEAD_PADDED, FP8, FP8_MAX,
             )  # fmt: skip
         else:
             row_begin = line - tile
@@ -292,7 +298,7 @@ def decode_kernel(
                     target, v_scale,
                     partials, first_worker, last_worker - first_worker + 1,
                     query_start, query_len, kv_head, m_block,
-                    GROUP, HEAD_SIZE, HEAD_PADDED, BLOCK_M,
+                    GROUP, HEAD_SIZE, HEAD_PADDED, BLOCK_M, FP8, FP8_MAX,
                 )  # fmt: skip
 
         line += num_tiles

@@ -133,7 +133,9 @@ def prefill_kernel(
     causal_ptr,  # [num_seqs] or None
     ranges_ptr,  # [num_seqs, num_ranges, 2] or None
     prefix_ptr,  # [num_seqs] or None
-    key_boxes,  # descriptor of [num_blocks, num_kv_heads, block_size, head_size], or None
+    output_scale_ptr,  # [1] or None
+    # Descriptors of [num_blocks, num_kv_heads, block_size, head_size], or None
+    key_boxes,
     value_boxes,
     output_strides,  # (token, head)
     lse_stride,
@@ -163,6 +165,8 @@ def prefill_kernel(
     LIMITED: tl.constexpr,  # what rows see is not causality and a window alone
     CHUNK_LOOKBACK: tl.constexpr,  # -1: none
     RANGES_IN_WINDOW: tl.constexpr,
+    FP8: tl.constexpr,  # format of an output that is divided by output_scale, or None
+    FP8_MAX: tl.constexpr,
 ):
     head_tile, item_index = tl.program_id(0), tl.program_id(1)
     if HEAD_LANES is not None:
@@ -241,8 +245,10 @@ def prefill_kernel(
     )  # fmt: skip
 
     acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
-    target = (output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr)
+    target = (
+        output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr, output_scale_ptr,
+    )  # fmt: skip
     write_rows(
         target, acc, row_max, row_sum, v_scale,
-        query_start, token, head, row_valid, HEAD_SIZE, HEAD_PADDED,
+        query_start, token, head, row_valid, HEAD_SIZE, HEAD_PADDED, FP8, FP8_MAX,
     )  # fmt: skip

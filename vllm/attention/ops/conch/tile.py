@@ -14,6 +14,7 @@ of heads.
 
 from vllm.triton_utils import tl, triton
 
+from .fp8 import divide_to_fp8
 from .limits import is_in_limits
 from .softmax import LN_2, add_sink, log_sum_exp, normalize, softcap, softmax_step
 
@@ -377,24 +378,29 @@ def whole(
 
 @triton.jit
 def write_rows(
-    target,  # (output, lse or None, output strides, lse stride, sinks or None)
+    # (output, lse or None, output strides, lse stride, sinks or None, scale or None)
+    target,
     acc, row_max, row_sum, v_scale,  # [M, D], [M], [M]
     query_start, token, head, row_valid,  # [M] each but query_start
     HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
+    FP8: tl.constexpr, FP8_MAX: tl.constexpr,
 ):  # fmt: skip
-    """Normalises a tile of rows and writes it.
+    """Normalises a tile of rows and writes it, in FP8 divided by the scale.
 
     A row is written once, however its keys were split: its sink is counted here.
     """
-    output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr = target
+    output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr, scale_ptr = target
     dims = tl.arange(0, HEAD_PADDED)
     mask = row_valid[:, None] & (dims < HEAD_SIZE)[None, :]
     offsets = row_offsets(query_start, token, head, output_strides, dims)
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head, mask=row_valid, other=0.0).to(tl.float32)
         acc, row_max, row_sum = add_sink(acc, row_max, row_sum, sink / LN_2)
-    out = normalize(acc, row_sum, v_scale).to(output_ptr.dtype.element_ty)
-    tl.store(output_ptr + offsets, out, mask=mask)
+    STORED: tl.constexpr = output_ptr.dtype.element_ty
+    out = normalize(acc, row_sum, v_scale)
+    if FP8 is not None:
+        out = divide_to_fp8(out, tl.load(scale_ptr), FP8, FP8_MAX, STORED)
+    tl.store(output_ptr + offsets, out.to(STORED), mask=mask)
     if lse_ptr is not None:
         lse_row = (query_start + token).to(tl.int64) * lse_stride + head
         tl.store(lse_ptr + lse_row, log_sum_exp(row_max, row_sum), mask=row_valid)

@@ -21,7 +21,7 @@ from .checks import (
     signature,
 )
 from .decode import decode_kernel
-from .fp8 import FP8_DTYPES
+from .fp8 import FP8_DTYPES, storage_view, triton_fp8
 from .launch import Launch
 from .plan import (
     BLOCK_SIZE_MULTIPLE,
@@ -35,7 +35,14 @@ from .prefill import prefill_kernel
 from .schedule import Sight, VarlenSchedule, check_window, count_ranges
 from .softmax import LOG2_E
 
-FEATURES = ("sinks", "alibi_slopes", "causal", "mm_prefix_range", "prefix_lens")
+FEATURES = (
+    "sinks",
+    "alibi_slopes",
+    "causal",
+    "mm_prefix_range",
+    "prefix_lens",
+    "output_scale",
+)
 OPTIONAL = ("k_scale", "v_scale", "output_lse", *FEATURES)
 # What is indexed by the sequence, and so may be longer than the batch.
 PER_SEQUENCE = ("causal", "mm_prefix_range", "prefix_lens")
@@ -72,7 +79,11 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
         allowed = f"{HEAD_SIZES.start} to {HEAD_SIZES.stop - 1}"
         reject("query", f"head_size {head_size}", allowed)
     check_shape("output", specs["output"], rows, query.shape)
-    check_dtype("output", specs["output"], (query.dtype,), "It needs query's dtype.")
+    if "output_scale" in specs:
+        check_dtype("output", specs["output"], FP8_DTYPES, "output_scale needs fp8.")
+    else:
+        advice = "It needs query's dtype, or an output_scale."
+        check_dtype("output", specs["output"], (query.dtype,), advice)
 
     pages = ("num_blocks", "block_size", "num_kv_heads", "head_size")
     advice = (
@@ -121,7 +132,7 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
         check_integers("mm_prefix_range", specs, ("num_seqs", "num_ranges", "2"))
     if "prefix_lens" in specs:
         check_integers("prefix_lens", specs, ("num_seqs",))
-    for name in ("k_scale", "v_scale"):
+    for name in ("k_scale", "v_scale", "output_scale"):
         if spec := specs.get(name):
             check_scale(name, spec, "query", query)
     for name, spec in specs.items():
@@ -273,6 +284,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         sight.window,
         sight.num_ranges,
     )
+    quantized = "output_scale" in specs
     variant = dict(
         GROUP=shape.group,
         HEAD_SIZE=shape.head_size,
@@ -282,6 +294,8 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         SOFTCAP=options.softcap > 0,
         ALIBI_SQRT=options.alibi_sqrt,
         LIMITED=sight.chunk_lookback >= 0 or not specs.keys().isdisjoint(PER_SEQUENCE),
+        FP8=triton_fp8(specs["output"].dtype) if quantized else None,
+        FP8_MAX=torch.finfo(specs["output"].dtype).max if quantized else None,
         **sight.constants(),
     )
     pairs = reads_pairs(specs["query"], specs["value_cache"], options.odd_values)
@@ -344,6 +358,7 @@ def varlen_attention(
     mm_prefix_in_window: bool = False,
     prefix_lens: torch.Tensor | None = None,
     chunk_lookback: int = -1,
+    output_scale: torch.Tensor | None = None,
 ) -> None:
     """Attends every sequence's new tokens to all of its keys and values.
 
@@ -358,8 +373,8 @@ def varlen_attention(
         key_cache: [num_blocks, block_size, num_kv_heads, head_size] of query's dtype
             or float8, any strides but 1 in the last dimension.
         value_cache: as key_cache, with strides of its own.
-        output: [num_tokens, num_query_heads, head_size], written in place; rows of no
-            sequence stay as they are.
+        output: [num_tokens, num_query_heads, head_size] of query's dtype, written in
+            place; rows of no sequence stay as they are.
         query_start_loc: [num_seqs + 1] int32, first row of each sequence in query.
         seq_lens: [num_seqs] int32, context and new tokens.
         block_table: [num_seqs, max_blocks] int32, the pages of each sequence.
@@ -395,6 +410,8 @@ def varlen_attention(
         chunk_lookback: 0 or more: the window is not that of each token; the sequence
             is cut into chunks of sliding_window // (chunk_lookback + 1) keys, and a
             token sees its own and so many before. Only if causal. -1: no chunks.
+        output_scale: [1] float32; output is float8 and gets the result divided by this,
+            limited to the format's finite numbers.
 
     Raises:
         ValueError: naming the argument that is not supported.
@@ -426,6 +443,7 @@ def varlen_attention(
         causal=flags,
         mm_prefix_range=mm_prefix_range,
         prefix_lens=prefix_lens,
+        output_scale=output_scale,
     )
     if schedule is None:
         check_options(scale, softcap, all_causal, sight, max_query_len)
@@ -478,6 +496,8 @@ def varlen_attention(
         specs = check_arguments(tensors)
         check_schedule(specs, shape)
         launches = LAUNCHES[key] = prepare(specs, options)
+    if output_scale is not None:
+        output = storage_view(output)
     launches.decode(
         output,
         output_lse,
@@ -496,6 +516,7 @@ def varlen_attention(
         flags,
         mm_prefix_range,
         prefix_lens,
+        output_scale,
     )
     num_items = schedule.work.shape[0]
     if num_items == 0:
@@ -531,5 +552,6 @@ def varlen_attention(
             flags,
             mm_prefix_range,
             prefix_lens,
+            output_scale,
             grid=(shape.num_query_heads // plan.prefill_pack, num_items),
         )
