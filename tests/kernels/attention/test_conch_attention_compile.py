@@ -106,8 +106,9 @@ def record(case: Case, device) -> list[tuple]:
     )
     launches: list[tuple] = []
 
-    def call(self, *tensors, grid=None):
-        launches.append((self.kernel, (*tensors, *self.arguments), self.constants))
+    def call(self, *tensors, descriptors=(), grid=None):
+        args = (*tensors, *descriptors, *self.arguments)
+        launches.append((self.kernel, args, self.constants))
 
     def integers(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device="meta")

@@ -88,6 +88,7 @@ class Config:
     num_warps: int
     num_stages: int
     precision: str = "ieee"  # of products of fp32
+    masked_tile: int | None = None  # keys, where prefill masks a tile; None: tile
     max_registers: int | None = None  # of a thread; None: the compiler's choice
 
     def constants(self) -> dict[str, object]:
@@ -108,6 +109,8 @@ class Config:
 class AttentionPlan:
     decode: Config
     prefill: Config  # the portable kernel's, with the same rows as Hopper's
+    # The same rows, with K and V read in boxes, where strides and addresses allow.
+    prefill_boxes: Config | None
     prefill_pack: int  # query heads in a tile of prefill rows
     head_lanes: int | None  # see `head_lanes`
     hopper: bool  # the Hopper kernel does prefills, where strides allow
@@ -308,15 +311,47 @@ def plan_prefill_hopper(shape: Shape) -> Config:
             return Config(32, 64, 8 if wide <= 64 else 4, 3)
         return Config(32, 32, 8, 3)
     if wide <= 64:
-        # 369 TFLOP/s with pages of 128 and 378 with 16; 128 rows: 359 and 358.
-        return Config(64, 64, 4, 3)
+        # 413 TFLOP/s with pages of 16; 64 keys: 376.
+        return Config(64, 128, 4, 2, masked_tile=64)
     if wide <= 128:
-        # 431 TFLOP/s with pages of 128 and 368 with 16; 64 keys: 411 and 335.
-        return Config(128, 128, 8, 2)
+        # 449 TFLOP/s with pages of 128 and 419 with 16; 64 keys: 394 with 16.
+        return Config(128, 128, 8, 2, masked_tile=64)
     if wide <= 256:
-        # 441 TFLOP/s with pages of 128 and 463 with 16; two stages: 440 and 443.
-        return Config(128, 64, 8, 3)
+        # 523 TFLOP/s with pages of 16; 32 keys: 424.
+        return Config(128, 64, 8, 2, masked_tile=32)
     return Config(64, 32, 8, 2)
+
+
+# By head size, padded. Measured as above, with pages of 128: 422, 523 and 531 TFLOP/s.
+# At 128, 128 keys and 8 warps: 464, as only one such program fits a multiprocessor.
+HOPPER_BOXES = {
+    64: Config(64, 64, 4, 3),
+    128: Config(128, 64, 4, 2, masked_tile=32),
+    256: Config(128, 64, 8, 2, masked_tile=32),
+}
+
+
+def plan_prefill_boxes(
+    shape: Shape, device: Device, pointers: Config
+) -> Config | None:
+    """As `pointers`, with K and V read in boxes, each within a page; None: without.
+
+    A box is one instruction (TMA) and spares the threads all addresses. Elsewhere
+    Triton makes plain loads with bounds checks of it, and on GPUs of compute
+    capability 12 nobody has measured it. fp8 is converted in registers on its way.
+    """
+    if device.backend != "cuda" or device.arch // 10 not in (9, 10):
+        return None
+    if shape.query_dtype.itemsize != 2 or shape.kv_dtype != shape.query_dtype:
+        return None
+    config = HOPPER_BOXES.get(shape.head_padded) if device.arch == 90 else pointers
+    return config if config and shape.block_size % config.tile == 0 else None
+
+
+def with_rows(config: Config, rows: int) -> Config:
+    """The config for tiles of so many rows, as many to a warp."""
+    num_warps = config.num_warps * rows // config.block_m
+    return replace(config, block_m=rows, num_warps=num_warps)
 
 
 def head_lanes(head_tiles: int, num_xcds: int) -> int | None:
@@ -354,13 +389,16 @@ def make_plan(
         )
     )
     prefill, pack = plan_prefill(shape, device), shape.group
+    boxes = plan_prefill_boxes(shape, device, prefill)
     if hopper:
         pack = hopper_prefill.packed_heads(shape.group)
         rows = hopper_prefill.CONFIGS[shape.head_padded].block_m
-        prefill = replace(prefill, block_m=rows)
+        prefill = with_rows(prefill, rows)
+        boxes = with_rows(boxes, rows) if boxes else None
     return AttentionPlan(
         decode=plan_decode(shape, device, max_query_len),
         prefill=prefill,
+        prefill_boxes=boxes,
         prefill_pack=pack,
         head_lanes=head_lanes(shape.num_query_heads // pack, device.num_xcds),
         hopper=hopper,
