@@ -65,7 +65,7 @@ CASES = {
 }
 # Most bytes that spill all the same, by target and kernel.
 SPILLS = {
-    # Measured faster than tiles that do not.
+    # Tiles whose rates are known; others have to be measured first.
     "sm90": {
         "128_page prefill_kernel": 72,
         "256 prefill_kernel": 24,
