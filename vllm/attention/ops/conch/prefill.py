@@ -195,19 +195,19 @@ def prefill_kernel(
         query_ptr, offsets, dims_valid, scales, key_ptr.dtype.element_ty, SOFTCAP
     )
 
-    if LIMITED:
+    if not LIMITED:
+        limits: tl.constexpr = None
+        bounds = key_tile_bounds(
+            m_block, query_len, seq_len, window,
+            PACK, BLOCK_M, TILE, MASKED_TILE, CAUSAL, WINDOWED,
+        )  # fmt: skip
+    else:
         limits = row_limits(
             seq_len - query_len + tl.minimum(token, query_len - 1),
             sequence, seq_len, window, causal_ptr, (ranges_ptr, num_ranges), prefix_ptr,
             CAUSAL, WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW,
         )  # fmt: skip
         bounds = limited_tile_bounds(limits, TILE, MASKED_TILE)
-    else:
-        limits: tl.constexpr = None
-        bounds = key_tile_bounds(
-            m_block, query_len, seq_len, window,
-            PACK, BLOCK_M, TILE, MASKED_TILE, CAUSAL, WINDOWED,
-        )  # fmt: skip
     keys_range, before, seen_whole, after = bounds
     position = seq_len - query_len + token
     block_row = block_table_ptr + sequence.to(tl.int64) * block_table_stride

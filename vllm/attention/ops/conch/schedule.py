@@ -6,6 +6,7 @@ Lengths are read on the device, so a captured CUDA graph replays with other
 lengths: grids and buffers have fixed sizes, only the lists' contents change.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -309,10 +310,12 @@ class Sight(NamedTuple):
         )
 
 
-def count_ranges(mm_prefix_range: torch.Tensor | None) -> int | None:
-    """Ranges of a sequence, None without ranges."""
-    if mm_prefix_range is None:
-        return None
+# The same object for the same values: quick to compare.
+make_sight = lru_cache(Sight)
+
+
+def count_ranges(mm_prefix_range: torch.Tensor) -> int:
+    """Ranges of a sequence."""
     check_tensor("mm_prefix_range", mm_prefix_range)
     if mm_prefix_range.dim() != 3 or mm_prefix_range.shape[2] != 2:
         got = f"shape {list(mm_prefix_range.shape)}"
@@ -494,13 +497,17 @@ class VarlenSchedule:
         if query_start_loc.shape[0] != num_seqs + 1:
             got = f"{query_start_loc.shape[0]} elements"
             reject("query_start_loc", got, f"{num_seqs + 1}, one more than seq_lens")
-        sight = self.sight._replace(
-            num_ranges=count_ranges(mm_prefix_range),
-            ranges_in_window=mm_prefix_in_window,
-            has_prefix=prefix_lens is not None,
-        )
+        num_ranges = None
         if mm_prefix_range is not None:
+            num_ranges = count_ranges(mm_prefix_range)
             self.check_per_sequence("mm_prefix_range", mm_prefix_range, num_seqs)
+        sight = make_sight(
+            self.sight.sliding_window,
+            self.sight.chunk_lookback,
+            num_ranges,
+            mm_prefix_in_window,
+            prefix_lens is not None,
+        )
         if prefix_lens is not None:
             self.check_lengths("prefix_lens", prefix_lens)
             self.check_per_sequence("prefix_lens", prefix_lens, num_seqs)

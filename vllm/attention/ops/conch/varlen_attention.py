@@ -33,7 +33,7 @@ from .plan import (
     unsupported_kv_dtype,
 )
 from .prefill import prefill_kernel
-from .schedule import Sight, VarlenSchedule, check_window, count_ranges
+from .schedule import Sight, VarlenSchedule, check_window, count_ranges, make_sight
 from .softmax import LOG2_E
 
 FEATURES = (
@@ -199,7 +199,7 @@ def check_batch(
     max_query_len: int,
     sight: Sight,
     schedule: VarlenSchedule,
-    features: tuple[torch.Tensor | None, ...],
+    per_sequence: tuple[torch.Tensor | None, ...],
 ) -> None:
     """Raises the ValueErrors that depend on the batch, checked in every call."""
     num_seqs = seq_lens.shape[0]
@@ -214,7 +214,7 @@ def check_batch(
         got = "one updated for max_query_len {}, {} sequences, {}".format(*updated)
         allowed = f"{max_query_len}, {num_seqs} sequences, {sight}"
         reject("schedule", got, allowed, "Call schedule.update with this batch.")
-    for name, tensor in zip(PER_SEQUENCE, features):
+    for name, tensor in zip(PER_SEQUENCE, per_sequence):
         if tensor is not None and tensor.shape[0] < num_seqs:
             reject(name, f"{tensor.shape[0]} rows", f"{num_seqs}, one per sequence")
 
@@ -434,13 +434,7 @@ def varlen_attention(
     if flags is not None and flags.dtype == torch.bool:
         flags = flags.view(torch.uint8)
     all_causal = flags is None and bool(causal)
-    sight = Sight(
-        sliding_window,
-        chunk_lookback,
-        count_ranges(mm_prefix_range),
-        mm_prefix_in_window,
-        prefix_lens is not None,
-    )
+    features = (sinks, alibi_slopes, flags, mm_prefix_range, prefix_lens, output_scale)
     tensors = dict(
         query=query,
         key_cache=key_cache,
@@ -452,12 +446,20 @@ def varlen_attention(
         k_scale=k_scale,
         v_scale=v_scale,
         output_lse=output_lse,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        causal=flags,
-        mm_prefix_range=mm_prefix_range,
-        prefix_lens=prefix_lens,
-        output_scale=output_scale,
+    )
+    has_features = not (
+        sinks is alibi_slopes is flags is mm_prefix_range is prefix_lens is None
+        and output_scale is None
+    )
+    if has_features:
+        tensors.update(zip(FEATURES, features))
+    num_ranges = None if mm_prefix_range is None else count_ranges(mm_prefix_range)
+    sight = make_sight(
+        sliding_window,
+        chunk_lookback,
+        num_ranges,
+        mm_prefix_in_window,
+        prefix_lens is not None,
     )
     if schedule is None:
         check_options(scale, softcap, all_causal, sight, max_query_len)
@@ -489,7 +491,7 @@ def varlen_attention(
         max_query_len,
         sight,
         schedule,
-        (flags, mm_prefix_range, prefix_lens),
+        (flags, mm_prefix_range, prefix_lens) if has_features else (),
     )
     shape, plan = schedule.shape, schedule.plan
     options = Options(
@@ -525,12 +527,7 @@ def varlen_attention(
         schedule.arrivals,
         k_scale,
         v_scale,
-        sinks,
-        alibi_slopes,
-        flags,
-        mm_prefix_range,
-        prefix_lens,
-        output_scale,
+        *features,
     )
     num_items = schedule.work.shape[0]
     if num_items == 0:
@@ -566,12 +563,7 @@ def varlen_attention(
             schedule.work,
             k_scale,
             v_scale,
-            sinks,
-            alibi_slopes,
-            flags,
-            mm_prefix_range,
-            prefix_lens,
-            output_scale,
+            *features,
             descriptors=boxes,
             grid=(shape.num_query_heads // plan.prefill_pack, num_items),
         )
