@@ -31,8 +31,10 @@ TARGETS = {
     "sm90": GPUTarget("cuda", 90, 32),
     "sm100": GPUTarget("cuda", 100, 32),
     "sm120": GPUTarget("cuda", 120, 32),
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
 
 
@@ -46,6 +48,8 @@ class Resources(NamedTuple):
     """Instructions that read global memory, for example {"LDG.E.128": 4}."""
     stores: dict[str, int]
     instructions: int
+    products: dict[str, int]
+    """Matrix instructions, for example {"HMMA": 64}."""
 
 
 def compile_for(
@@ -73,21 +77,24 @@ def compile_for(
 def resources(compiled: CompiledKernel) -> Resources:
     """Reads the resources off the machine code."""
     if "amdgcn" in compiled.asm:
-        return amd_resources(compiled.asm["amdgcn"])
+        return amd_resources(compiled)
     return nvidia_resources(compiled)
 
 
-def amd_resources(code: str) -> Resources:
+def amd_resources(compiled: CompiledKernel) -> Resources:
+    code = compiled.asm["amdgcn"]
+
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", code)[1])
 
     return Resources(
         field("vgpr_count"),
-        field("private_segment_fixed_size"),
-        field("group_segment_fixed_size"),
+        max(field("private_segment_fixed_size"), 4 * field("vgpr_spill_count")),
+        max(field("group_segment_fixed_size"), compiled.metadata.shared),
         dict(Counter(re.findall(r"\b(?:global|buffer)_load\w*", code))),
         dict(Counter(re.findall(r"\b(?:global|buffer)_store\w*", code))),
         len(re.findall(r"^\t[vs]_\w+", code, re.MULTILINE)),
+        dict(Counter(re.findall(r"^\t(v_w?mf?ma)", code, re.MULTILINE))),
     )
 
 
@@ -116,6 +123,7 @@ def nvidia_resources(compiled: CompiledKernel) -> Resources:
         dict(Counter(n for n in names if n.startswith("LDG"))),
         dict(Counter(n for n in names if n.startswith("STG"))),
         len(names),
+        dict(Counter(re.findall(r"\b(\w*MMA)\b", " ".join(names)))),
     )
 
 

@@ -279,6 +279,39 @@ def make_schedule(batch: Batch, **options) -> VarlenSchedule:
     return VarlenSchedule(**options)
 
 
+def with_tiles(
+    schedule: VarlenSchedule,
+    tile: int,
+    masked_tile: int | None = None,
+    *,
+    boxes: bool = False,
+) -> VarlenSchedule:
+    """The schedule with other numbers of keys per tile than its plan chooses.
+
+    Args:
+        schedule: not updated yet.
+        tile: keys.
+        masked_tile: keys, where prefill masks a tile.
+        boxes: prefill reads K and V in boxes where it can; else never.
+    """
+    chosen = schedule.plan_for
+
+    def plan_for(max_query_len: int):
+        plan = chosen(max_query_len)
+        prefill = dataclasses.replace(
+            plan.prefill, tile=tile, masked_tile=masked_tile
+        )
+        return dataclasses.replace(
+            plan,
+            decode=dataclasses.replace(plan.decode, tile=tile),
+            prefill=prefill,
+            prefill_boxes=prefill if boxes else None,
+        )
+
+    schedule.plan_for = plan_for
+    return schedule
+
+
 def update(schedule: VarlenSchedule, batch: Batch) -> VarlenSchedule:
     """Tells a schedule the lengths of this batch, as a metadata builder does."""
     schedule.update(

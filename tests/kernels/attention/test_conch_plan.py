@@ -2,78 +2,369 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The plan for devices that need not be there: every shape gets tiles that can run."""
 
-import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.kernels.attention.conch_devices import DEVICES, KIB
 from tests.kernels.attention.conch_harness import make_batch, make_schedule
+from vllm.attention.ops.conch import hopper_prefill, plan
 from vllm.attention.ops.conch.plan import (
     MAX_DECODE_QUERY_LEN,
+    AttentionPlan,
+    Config,
     Device,
     Shape,
+    check_layer_shape,
+    count_xcds,
+    head_lanes,
     make_plan,
+    this_device,
+    unsupported_kv_dtype,
 )
 
-DEVICES = {
-    "A100": Device("cuda", 80, 108, 163 * 1024),
-    "L40S": Device("cuda", 89, 142, 99 * 1024),
-    "H200": Device("cuda", 90, 132, 227 * 1024),
-    "B200": Device("cuda", 100, 148, 227 * 1024),
-    "RTX 5090": Device("cuda", 120, 170, 99 * 1024),
-    "MI300X": Device("hip", "gfx942", 304, 64 * 1024),
-    "MI355X": Device("hip", "gfx950", 256, 160 * 1024),
-    "interpreter": Device("interpreter", 0, 4, 2**30),
-}
-SHAPES = [
-    Shape(group * num_kv_heads, num_kv_heads, head_size, block_size, dtype, kv_dtype)
-    for group, num_kv_heads, head_size, block_size, (
-        dtype,
-        kv_dtype,
-    ) in itertools.product(
-        [1, 5, 8, 71],
-        [1, 8],
-        [16, 64, 80, 128, 192, 256, 512],
-        [16, 48, 128, 1056],
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+E4M3, E4M3_FNUZ, E5M2 = (
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+)
+INTERPRETER = this_device(None)
+ALL_DEVICES = DEVICES | {"interpreter": INTERPRETER}
+H200 = DEVICES["H200"]
+
+
+def layer(
+    head_size: int,
+    query_dtype: torch.dtype = BF16,
+    kv_dtype: torch.dtype | None = None,
+    group: int = 4,
+    block_size: int = 16,
+) -> Shape:
+    """8 KV heads of that size."""
+    kv_dtype = kv_dtype or query_dtype
+    return Shape(8 * group, 8, head_size, block_size, query_dtype, kv_dtype)
+
+
+def portable(shape: Shape, device: Device, max_query_len: int = 1) -> AttentionPlan:
+    return make_plan(shape, device, max_query_len, portable=True)
+
+
+shapes = st.builds(
+    lambda group, heads, size, page, dtypes: Shape(
+        group * heads, heads, size, 16 * page, *dtypes
+    ),
+    st.integers(1, 128),
+    st.integers(1, 64),
+    st.integers(16, 512),
+    st.integers(1, 80),
+    st.sampled_from(
         [
-            (torch.bfloat16, torch.bfloat16),
-            (torch.float16, torch.float8_e5m2),
-            (torch.float32, torch.float32),
-        ],
-    )
-]
+            (query, kv)
+            for query in (BF16, FP16, FP32)
+            for kv in (query, E4M3, E4M3_FNUZ, E5M2)
+        ]
+    ),
+)
+lengths = st.integers(1, MAX_DECODE_QUERY_LEN)
+devices = st.sampled_from(list(ALL_DEVICES.values()))
 
 
 def is_power_of_two(number: int) -> bool:
     return number & (number - 1) == 0
 
 
-@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
-def test_every_shape_has_a_plan(device):
-    for shape, query_len in itertools.product(SHAPES, [1, 2, 5, MAX_DECODE_QUERY_LEN]):
-        plan = make_plan(shape, device, query_len)
-        assert plan.num_workers >= device.num_units
-        for config in (plan.decode, plan.prefill):
-            assert config.block_m >= 16 and is_power_of_two(config.block_m)
-            assert config.tile >= 16 and is_power_of_two(config.tile)
-            assert config.num_warps in (1, 2, 4, 8, 16)
-            assert config.num_stages >= 1
-            # What must be in shared memory at once: one tile of K.
-            tile = config.tile * shape.head_padded * shape.kv_dtype.itemsize
-            assert tile <= device.shared_memory, (shape, config)
+@settings(deadline=None, max_examples=500)
+@given(shapes, devices, lengths)
+def test_every_shape_has_a_plan(shape, device, max_query_len):
+    check_layer_shape(shape)
+    chosen = make_plan(shape, device, max_query_len)
+    assert chosen.num_workers >= device.num_units
+    for config in (chosen.decode, chosen.prefill):
+        assert config.block_m >= 16 and is_power_of_two(config.block_m)
+        assert config.tile >= 16 and is_power_of_two(config.tile)
+        assert config.num_warps in (4, 8, 16)
+        assert config.num_stages >= 1
+        if device.backend != "cuda":
+            assert config.num_stages == 1 and config.max_registers is None
+        if config.max_registers:
+            threads = 32 * config.num_warps
+            assert config.max_registers <= 255
+            assert config.max_registers * threads <= 65536
 
 
-@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
-def test_a_plan_does_not_depend_on_the_batch(device):
+@settings(deadline=None, max_examples=500)
+@given(shapes, devices, lengths)
+def test_tiles_fit(shape, device, max_query_len):
+    """The least that a tile takes: compiling shows what it does take."""
+    chosen = portable(shape, device, max_query_len)
+    for config in (chosen.decode, chosen.prefill):
+        query = config.block_m * shape.head_padded * shape.query_dtype.itemsize
+        tiles = plan.tile_bytes(shape, config.tile)
+        if config.num_stages > 1:  # two tiles of K and of V, one in use
+            assert query + 2 * tiles <= device.shared_memory
+        else:
+            assert max(query, tiles // 2) <= device.shared_memory
+        # Half of a thread's registers for its share of the accumulators, or all of
+        # those that a Hopper warpgroup or AMD's matrix units add.
+        wave = 64 if str(device.arch).startswith("gfx9") else 32
+        accumulators = config.block_m * shape.head_padded // (wave * config.num_warps)
+        assert accumulators <= 128 or device.backend == "interpreter"
+
+
+@settings(deadline=None, max_examples=300)
+@given(shapes, devices)
+def test_a_plan_does_not_depend_on_the_batch(shape, device):
     """Few compiled variants: the query length only widens the tile of decode rows."""
-    for shape in SHAPES:
-        plans = [
-            make_plan(shape, device, n) for n in range(1, MAX_DECODE_QUERY_LEN + 1)
+    plans = [make_plan(shape, device, n) for n in range(1, MAX_DECODE_QUERY_LEN + 1)]
+    assert len({chosen.prefill for chosen in plans}) == 1
+    assert len({chosen.num_workers for chosen in plans}) == 1
+    rows = [chosen.decode.block_m for chosen in plans]
+    assert rows == sorted(rows) and len({chosen.decode for chosen in plans}) <= 5
+
+
+@settings(deadline=None, max_examples=300)
+@given(shapes, devices, lengths)
+def test_layers_of_one_kind_share_variants(shape, device, max_query_len):
+    """The number of KV heads is no reason for other tiles."""
+    other = shape._replace(num_query_heads=shape.group, num_kv_heads=1)
+    one, two = (make_plan(s, device, max_query_len) for s in (shape, other))
+    assert (one.decode, one.prefill) == (two.decode, two.prefill)
+
+
+@settings(deadline=None, max_examples=300)
+@given(shapes, lengths)
+def test_no_wgmma_with_converted_operands(shape, max_query_len):
+    """Hopper takes wgmma from 64 rows on."""
+    chosen = portable(shape, H200, max_query_len)
+    converts = shape.query_dtype == FP32 or shape.kv_dtype != shape.query_dtype
+    assert plan.avoids_wgmma(shape, H200) == (shape.kv_dtype != shape.query_dtype)
+    for config in (chosen.decode, chosen.prefill):
+        assert config.block_m < 64 or not converts
+
+
+@settings(deadline=None, max_examples=300)
+@given(shapes, devices)
+def test_lanes_of_heads(shape, device):
+    chosen = make_plan(shape, device, 1)
+    tiles = shape.num_query_heads // chosen.prefill_pack
+    if device.num_xcds == 1:
+        assert chosen.head_lanes is None
+    else:
+        assert chosen.head_lanes == head_lanes(tiles, 8) == math.gcd(tiles, 8)
+
+
+# What comments in the plan give rates for: (head size, cache, decode, prefill).
+MEASURED = [
+    (64, BF16, Config(16, 128, 4, 5), Config(64, 64, 4, 3)),
+    (128, BF16, Config(16, 64, 4, 5), Config(128, 128, 8, 2)),
+    (128, E4M3, Config(16, 128, 4, 5), Config(32, 64, 4, 3)),
+]
+
+
+@pytest.mark.parametrize("head_size,kv_dtype,decode,prefill", MEASURED)
+def test_measured_on_an_h200(head_size, kv_dtype, decode, prefill):
+    for query_dtype in (BF16, FP16):
+        cache = query_dtype if kv_dtype == BF16 else kv_dtype
+        chosen = portable(layer(head_size, query_dtype, cache), H200)
+        assert (chosen.decode, chosen.prefill) == (decode, prefill)
+
+
+@pytest.mark.parametrize("name", ["A100", "L40S", "RTX 5090"])
+def test_products_in_registers(name):
+    """Rows as the accumulators leave room for, whatever the cache."""
+    for kv_dtype in (BF16, E5M2):
+        rows = [
+            portable(layer(d, BF16, kv_dtype), DEVICES[name]).prefill.block_m
+            for d in (64, 80, 128, 256, 512)
         ]
-        assert len({plan.prefill for plan in plans}) == 1
-        assert len({plan.num_workers for plan in plans}) == 1
-        rows = [plan.decode.block_m for plan in plans]
-        assert rows == sorted(rows) and len({plan.decode for plan in plans}) <= 5
+        assert rows == [128, 64, 64, 64, 32]
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+def test_blackwell_has_rows_for_tensor_memory(head_size):
+    for arch in (100, 103):
+        device = replace(DEVICES["B200"], arch=arch)
+        assert portable(layer(head_size), device).prefill.block_m == 128
+
+
+@pytest.mark.parametrize("name", ["MI250X", "MI300X", "MI355X"])
+def test_cdna(name):
+    """Four waves, and a tile of V in 64 KiB of LDS."""
+    for head_size in (64, 128, 256, 512):
+        for config in (
+            portable(layer(head_size), DEVICES[name]).prefill,
+            portable(layer(head_size), DEVICES[name], 16).decode,
+        ):
+            assert config.num_warps == 4
+            assert config.tile * head_size * 2 <= 64 * KIB
+
+
+def test_rdna():
+    """More and smaller waves for wider heads, whose accumulators they share."""
+    device = DEVICES["RX 7900 XTX"]
+    for query_dtype, kv_dtype in ((BF16, BF16), (FP16, E5M2), (FP32, FP32)):
+        for head_size in (64, 128, 256, 512):
+            chosen = portable(layer(head_size, query_dtype, kv_dtype), device, 16)
+            for config in (chosen.decode, chosen.prefill):
+                assert config.num_warps >= (16 if head_size >= 256 else 8)
+            assert chosen.decode.block_m <= (32 if head_size <= 128 else 16)
+    converted = portable(layer(128, BF16, E5M2), device).prefill
+    assert converted.block_m < portable(layer(128), device).prefill.block_m
+    # RDNA4 is of that kind.
+    assert portable(layer(128), replace(device, arch="gfx1201")) == portable(
+        layer(128), device
+    )
+
+
+def test_fp32_products():
+    """Tensor cores have tf32; of heads over 128 three products do not fit."""
+    for device in ALL_DEVICES.values():
+        for head_size, most, precision in ((64, 32, "tf32x3"), (128, 32, "tf32x3"),
+                                           (256, 16, "ieee")):  # fmt: skip
+            for kv_dtype in (FP32, E5M2):
+                chosen = portable(layer(head_size, FP32, kv_dtype), device, 16)
+                for config in (chosen.decode, chosen.prefill):
+                    if device.backend == "cuda":
+                        assert config.precision == precision
+                        assert config.max_registers == 255
+                    else:
+                        assert config.precision == "ieee"
+                    if device != INTERPRETER:
+                        assert config.block_m <= most
+
+
+def test_decode_rows():
+    """The rows of a tile are tokens times heads, to a limit; then there are more."""
+    assert portable(layer(128, group=1), H200, 1).decode.block_m == 16
+    assert portable(layer(128, group=4), H200, 5).decode.block_m == 32
+    assert portable(layer(128, group=8), H200, 16).decode.block_m == 64
+    assert portable(layer(512, group=8), H200, 16).decode.block_m == 32
+    assert portable(layer(128, BF16, E4M3, group=8), H200, 16).decode.block_m == 32
+    assert portable(layer(128, group=71), INTERPRETER, 16).decode.block_m == 32
+
+
+def test_decode_tiles():
+    """16 KiB of K whatever the head and cache, less where rows take the registers."""
+    sizes = (16, 64, 128, 256, 512)
+
+    def tiles(device: Device, kv_dtype: torch.dtype, max_query_len: int) -> list[int]:
+        plans = [
+            portable(layer(d, BF16, kv_dtype), device, max_query_len) for d in sizes
+        ]
+        return [chosen.decode.tile for chosen in plans]
+
+    for device in (DEVICES["A100"], H200):
+        assert tiles(device, BF16, 1) == [128, 128, 64, 32, 16]
+        assert tiles(device, E5M2, 1) == [128, 128, 128, 64, 32]
+        assert tiles(device, BF16, 16) == [64, 64, 64, 16, 16]
+
+
+def test_decode_stages():
+    """Five in a third of the shared memory, or three."""
+    assert portable(layer(128), DEVICES["A100"]).decode.num_stages == 3
+    assert portable(layer(128), H200).decode.num_stages == 5
+    small_memory = replace(H200, shared_memory=99 * KIB)
+    assert portable(layer(128), small_memory).decode.num_stages == 3
+
+
+def test_the_compiler_is_let_alone_where_it_was_measured():
+    assert portable(layer(128), H200).decode.max_registers is None
+    assert portable(layer(256), H200).decode.max_registers == 255
+    assert portable(layer(128), DEVICES["A100"]).decode.max_registers == 255
+    assert "maxnreg" not in Config(16, 16, 4, 1).constants()
+    assert Config(16, 16, 4, 1, max_registers=255).constants()["maxnreg"] == 255
+
+
+@pytest.fixture
+def triton_of_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(hopper_prefill, "TRITON_VERSIONS", (plan.triton.__version__,))
+    make_plan.cache_clear()
+    yield
+    make_plan.cache_clear()
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_hopper_kernel(head_size, triton_of_hopper, monkeypatch):
+    shape = layer(head_size)
+    chosen = make_plan(shape, H200, 1)
+    assert chosen.hopper and not portable(shape, H200).hopper
+    # The schedule and the portable kernel, which strides may call for, share rows.
+    rows = hopper_prefill.CONFIGS[head_size].block_m
+    assert chosen.prefill.block_m == rows
+    assert chosen.prefill_pack == hopper_prefill.packed_heads(shape.group)
+    for other in (
+        (layer(head_size, BF16, E4M3), H200),
+        (layer(head_size, FP32), H200),
+        (layer(512), H200),
+        (shape, DEVICES["A100"]),
+        (shape, DEVICES["B200"]),
+        (shape, DEVICES["MI300X"]),
+        (shape, INTERPRETER),
+    ):
+        assert not make_plan(*other, 1).hopper
+    monkeypatch.setattr(hopper_prefill, "TRITON_VERSIONS", ("2.",))
+    make_plan.cache_clear()
+    assert not make_plan(shape, H200, 1).hopper
+
+
+@pytest.mark.parametrize(
+    "name,native",
+    [
+        ("A100", None),
+        ("L40S", E4M3),
+        ("H200", E4M3),
+        ("B200", E4M3),
+        ("RTX 5090", E4M3),
+        ("MI250X", None),
+        ("MI300X", E4M3_FNUZ),
+        ("MI355X", E4M3),
+        ("RX 7900 XTX", None),
+    ],
+)
+def test_fp8_caches(name, native, monkeypatch):
+    monkeypatch.setattr(plan, "this_device", lambda index: DEVICES[name])
+    device = torch.device("cuda", 0)
+    for dtype in (BF16, FP16, FP32, E5M2):
+        assert unsupported_kv_dtype(dtype, device) is None
+    for dtype in (E4M3, E4M3_FNUZ):
+        reason = unsupported_kv_dtype(dtype, device)
+        assert (reason is None) == (dtype == native)
+        if reason:
+            assert str(DEVICES[name].arch) in reason[0]
+            assert native is None or str(native) in reason[0]
+        assert unsupported_kv_dtype(dtype, torch.device("cpu")) is None
+
+
+def test_dies():
+    assert [DEVICES[n].num_xcds for n in ("MI250X", "MI300X", "MI355X")] == [1, 8, 8]
+    # MI300A, and partitions of an MI300X.
+    assert [count_xcds("gfx942", n) for n in (228, 152, 38, 20)] == [6, 4, 1, 1]
+    assert count_xcds(90, 132) == 1
+
+
+@pytest.mark.parametrize(
+    "change,name",
+    [
+        ({"num_kv_heads": 0}, "num_kv_heads"),
+        ({"num_query_heads": 12}, "num_query_heads"),
+        ({"num_query_heads": 0}, "num_query_heads"),
+        ({"head_size": 8}, "head_size"),
+        ({"head_size": 513}, "head_size"),
+        ({"block_size": 8}, "block_size"),
+        ({"block_size": 0}, "block_size"),
+        ({"query_dtype": torch.float64}, "query_dtype"),
+        ({"kv_dtype": FP16}, "kv_dtype"),
+    ],
+)
+def test_refused_shapes(change, name):
+    with pytest.raises(ValueError, match=name):
+        check_layer_shape(layer(128)._replace(**change))
 
 
 @pytest.mark.parametrize("group", [1, 3, 16])

@@ -68,33 +68,6 @@ def test_a_long_decode_keeps_all_workers_busy(neighbours):
     assert written.sum() == schedule.num_workers
 
 
-def with_tiles(schedule: VarlenSchedule, tile: int) -> VarlenSchedule:
-    """The schedule with another number of keys per tile than its plan chooses."""
-    chosen = schedule.plan_for
-
-    def plan_for(max_query_len: int):
-        plan = chosen(max_query_len)
-        return dataclasses.replace(
-            plan,
-            decode=dataclasses.replace(plan.decode, tile=tile),
-            prefill=dataclasses.replace(plan.prefill, tile=tile),
-        )
-
-    schedule.plan_for = plan_for
-    return schedule
-
-
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 37}, {"causal": False}])
-@pytest.mark.parametrize("block_size", [16, 48, 64, 80])
-@pytest.mark.parametrize("tile", [32, 64])
-def test_tiles_against_pages(tile, block_size, options):
-    """A tile is part of a page, some whole pages, or begins and ends in two."""
-    for lengths in [(1, 150), (1, 65), (4, 63)], [(1, 129), (40, 150), (20, 20)]:
-        batch = make_batch(lengths, num_kv_heads=1, block_size=block_size, **options)
-        schedule = make_schedule(batch, num_workers=3, portable=True)
-        check(batch, update(with_tiles(schedule, tile), batch))
-
-
 def test_one_schedule_serves_changing_batches():
     """Lengths, sequences and kinds of batch change; what a step leaves harms none."""
     largest = make_batch([(60, 60)] * 7)

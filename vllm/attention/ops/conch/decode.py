@@ -270,7 +270,7 @@ def decode_kernel(
             key_strides, value_strides,
             block_table_ptr + sequence.to(tl.int64) * block_table_stride,
             (first_tile + tile, first_tile + tile + num_tiles), (first_key, seq_len),
-            scales, sight,
+            scales, sight, None,
             CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
             TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
         )  # fmt: skip

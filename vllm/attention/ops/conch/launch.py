@@ -7,6 +7,8 @@ longer than the launch itself.  A function that has already reduced its argument
 cached plan knows the variant: only the addresses are new.
 """
 
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +17,43 @@ from vllm.triton_utils import triton
 
 # Triton compiles another variant where an address is not a multiple of this.
 POINTER_ALIGNMENT = 16
+
+
+@lru_cache(maxsize=4096)
+def describe(
+    address: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+):
+    """Descriptor of a strided tensor; holds the address, not the memory."""
+    base = SimpleNamespace(dtype=dtype, data_ptr=lambda: address)
+    return tensor_descriptor(base, shape, strides, box)
+
+
+def tensor_descriptor(base, *layout: tuple[int, ...]):
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(base, *map(list, layout))
+
+
+def describe_pages(cache: torch.Tensor, slots: int, head_padded: int):
+    """Descriptor of a paged cache in boxes [1, 1, slots, head_padded].
+
+    Its dimensions are num_blocks, num_kv_heads, block_size and head_size. A descriptor
+    is made on the host, once for an address, as the caches of a model never move.
+    """
+    num_blocks, block_size, num_kv_heads, head_size = cache.shape
+    page, slot, head, element = cache.stride()
+    layout = (
+        (num_blocks, num_kv_heads, block_size, head_size),
+        (page, head, slot, element),
+        (1, 1, slots, head_padded),
+    )
+    if not cache.is_cuda:
+        return tensor_descriptor(cache, *layout)  # the interpreter looks for its memory
+    return describe(cache.data_ptr(), cache.dtype, *layout)
 
 
 class Launch:
@@ -40,7 +79,7 @@ class Launch:
 
         Args:
             kernel: Function under `triton.jit` whose parameters are, in this order,
-                tensors, then `arguments`, then constants.
+                tensors, then descriptors, then `arguments`, then constants.
             grid: Number of programs along up to three axes.
             arguments: Integers, floats and tuples of them.
             constants: Every constexpr parameter, and options such as num_warps.
@@ -57,12 +96,22 @@ class Launch:
         )
 
     def __call__(
-        self, *tensors: torch.Tensor | None, grid: tuple[int, int] | None = None
+        self,
+        *tensors: torch.Tensor | None,
+        descriptors: tuple = (),
+        grid: tuple[int, int] | None = None,
     ) -> None:
-        """Launches; grid replaces that of the constructor."""
+        """Launches.
+
+        Args:
+            *tensors: of the kernel.
+            descriptors: of the kernel, each with the same dtype and box in all calls
+                of one object, or None.
+            grid: replaces that of the constructor.
+        """
         programs = self.grid if grid is None else (*grid, 1)
         if not self.is_cacheable:
-            self.launch(programs, tensors)
+            self.launch(programs, tensors + descriptors)
             return
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
@@ -75,11 +124,14 @@ class Launch:
             alignment = tuple((a or 0) % POINTER_ALIGNMENT == 0 for a in addresses)
         compiled = self.variants.get((device, alignment))
         if compiled is None:
-            self.variants[device, alignment] = self.launch(programs, tensors)
+            compiled = self.launch(programs, tensors + descriptors)
+            self.variants[device, alignment] = compiled
         else:
             stream = driver.get_current_stream(device)
-            compiled[programs](*addresses, *self.after_tensors, stream=stream)
+            compiled[programs](
+                *addresses, *descriptors, *self.after_tensors, stream=stream
+            )
 
-    def launch(self, grid: tuple, tensors: tuple[torch.Tensor | None, ...]):
+    def launch(self, grid: tuple, tensors: tuple):
         """Launches through Triton's own lookup; returns the compiled variant."""
         return self.kernel[grid](*tensors, *self.arguments, **self.constants)

@@ -5,6 +5,7 @@
 Pure Python, no tensors, no launches: everything here can be tested without a GPU.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ class Device:
     arch: Any  # 90, "gfx942", ...
     num_units: int  # multiprocessors or compute units
     shared_memory: int  # bytes that one program may use
+    num_xcds: int = 1  # dies with an L2 each, to which programs are dealt in turn
 
 
 class Shape(NamedTuple):
@@ -86,23 +88,31 @@ class Config:
     num_warps: int
     num_stages: int
     precision: str = "ieee"  # of products of fp32
+    masked_tile: int | None = None  # keys, where prefill masks a tile; None: tile
+    max_registers: int | None = None  # of a thread; None: the compiler's choice
 
     def constants(self) -> dict[str, object]:
         """As the kernels' constexprs and options."""
-        return dict(
+        options: dict[str, object] = dict(
             BLOCK_M=self.block_m,
             TILE=self.tile,
             PRECISION=self.precision,
             num_warps=self.num_warps,
             num_stages=self.num_stages,
         )
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
     decode: Config
     prefill: Config  # the portable kernel's, with the same rows as Hopper's
+    # The same rows, with K and V read in boxes, where strides and addresses allow.
+    prefill_boxes: Config | None
     prefill_pack: int  # query heads in a tile of prefill rows
+    head_lanes: int | None  # see `head_lanes`
     hopper: bool  # the Hopper kernel does prefills, where strides allow
     num_workers: int  # programs of the decode kernel, all resident at once
 
@@ -115,12 +125,23 @@ def this_device(index: int | None) -> Device:
     driver = triton.runtime.driver.active
     target = driver.get_current_target()
     properties = driver.utils.get_device_properties(index)
+    num_units = properties["multiprocessor_count"]
     return Device(
         target.backend,
         target.arch,
-        properties["multiprocessor_count"],
+        num_units,
         properties["max_shared_mem"],
+        count_xcds(target.arch, num_units),
     )
+
+
+# Compute units of one die: an MI300X has 304 on 8, an MI355X 256 on 8.
+XCD_UNITS = {"gfx942": 38, "gfx950": 32}
+
+
+def count_xcds(arch: Any, num_units: int) -> int:
+    """Dies of a GPU, or of the part of one that a partition shows."""
+    return max(1, num_units // XCD_UNITS[arch]) if arch in XCD_UNITS else 1
 
 
 def unsupported_kv_dtype(
@@ -155,35 +176,75 @@ def tile_bytes(shape: Shape, tile: int) -> int:
     return 2 * tile * shape.head_padded * shape.kv_dtype.itemsize
 
 
-def fp32_precision(device: Device) -> str:
-    """Three products in tf32 stand for one in fp32 where tensor cores have no fp32."""
-    return "tf32x3" if device.backend == "cuda" else "ieee"
+def is_rdna(device: Device) -> bool:
+    """AMD's GPUs with waves of 32: 256 registers a thread, no more for accumulators."""
+    return device.backend == "hip" and str(device.arch).startswith("gfx1")
+
+
+def all_registers(config: Config, device: Device) -> Config:
+    """The config with as many registers as a CUDA thread can have.
+
+    Left alone, ptxas may spill some to fit one more block in a multiprocessor.
+    """
+    if device.backend != "cuda":
+        return config
+    return replace(config, max_registers=min(255, 65536 // (32 * config.num_warps)))
+
+
+def plan_fp32(shape: Shape, device: Device, rows: int) -> Config:
+    """Tiles for products of fp32, of up to so many rows."""
+    wide = shape.head_padded
+    if is_rdna(device):
+        return Config(16, 16, 8 if wide <= 64 else 16, 1)
+    if device.backend == "hip":
+        return Config(min(rows, 32 if wide <= 128 else 16), 16, 8, 1)
+    # Three products in tf32 stand for one in fp32, which tensor cores do not have. Of
+    # the wider heads a thread cannot hold the query twice, whole and rounded to tf32.
+    precision = "tf32x3" if wide <= 128 else "ieee"
+    # Fewer than 64 rows: see avoids_wgmma.
+    config = Config(min(rows, 32 if wide <= 64 else 16), 16, 8, 1, precision)
+    return all_registers(config, device)
 
 
 def plan_decode(shape: Shape, device: Device, max_query_len: int) -> Config:
-    rows = triton.next_power_of_2(shape.group * max_query_len)
-    wide = shape.head_padded
-    # Accumulators of more than 64 x 256 spill; twice that costs in fp32.
-    most = MAX_DECODE_BLOCK_M if wide <= 256 else MAX_DECODE_BLOCK_M // 2
-    if shape.query_dtype.itemsize == 4:
-        most = 32 if wide <= 128 else 16
-    elif avoids_wgmma(shape, device):
-        most = min(most, 32)
-    block_m = min(max(rows, 16), most)
+    rows = max(16, triton.next_power_of_2(shape.group * max_query_len))
+    wide, width = shape.head_padded, shape.kv_dtype.itemsize
     if device.backend == "interpreter":
-        return Config(block_m, 16, 4, 1)
+        return Config(min(rows, 32), 16, 4, 1)
     if shape.query_dtype.itemsize == 4:
-        return Config(block_m, 16, 8, 1, fp32_precision(device))
+        return plan_fp32(shape, device, rows)
+    block_m = min(rows, decode_rows_limit(shape, device))
     # 16 KiB of K and of V, in flight twice in each of two programs, cover HBM's
     # latency: on an H200, 32/8 heads of 128, tiles of 64 keys read 4.33 TB/s at
     # 64 x 8k and are within 2% of the best from 1 x 1k to 256 x 1k.
     # An fp8 cache has half the bytes: 64 x 8k take 328 us with tiles of 128 keys, 381
     # with 64.
-    tile = min(max(16384 // (wide * shape.kv_dtype.itemsize), 16), 128)
+    tile = min(max(16384 // (wide * width), 16), 128)
+    if is_rdna(device):
+        return Config(block_m, 64 if wide <= 64 else 32, 8 if wide <= 128 else 16, 1)
     if device.backend == "hip":
         return Config(block_m, tile, 4, 1)
+    # Not measured but compiled: what more rows leave of the registers.
+    if block_m > 16:
+        tile = min(tile, 64)
+    if block_m * wide > 8192:
+        tile = 16
+    num_warps = 4 if block_m <= 32 and block_m * wide <= 4096 else 8
     stages = 5 if 2 * tile_bytes(shape, tile) <= device.shared_memory // 3 else 3
-    return Config(block_m, tile, 4 if block_m * wide <= 4096 else 8, stages)
+    config = Config(block_m, tile, num_warps, stages)
+    if device.arch == 90 and wide <= 128 and (block_m == 16 or width == 2):
+        return config
+    return all_registers(config, device)
+
+
+def decode_rows_limit(shape: Shape, device: Device) -> int:
+    """Most query rows of a decode tile; more become several tiles."""
+    wide = shape.head_padded
+    if is_rdna(device):
+        return 32 if wide <= 128 else 16
+    # Accumulators of more than 64 x 256 spill.
+    most = MAX_DECODE_BLOCK_M if wide <= 256 else MAX_DECODE_BLOCK_M // 2
+    return min(most, 32) if avoids_wgmma(shape, device) else most
 
 
 def plan_prefill(shape: Shape, device: Device) -> Config:
@@ -191,18 +252,46 @@ def plan_prefill(shape: Shape, device: Device) -> Config:
     if device.backend == "interpreter":
         return Config(32, 16, 4, 1)
     if shape.query_dtype.itemsize == 4:
-        # Fewer than 64 rows: see avoids_wgmma.
-        return Config(32 if wide <= 128 else 16, 16, 8, 1, fp32_precision(device))
+        return plan_fp32(shape, device, 32)
+    if is_rdna(device):
+        return plan_prefill_rdna(shape)
     if device.backend == "hip":
-        # A third of the 64 KiB of LDS per tile; a second stage spills on gfx942.
-        return Config(128 if wide <= 128 else 64, 64 if wide <= 128 else 32, 4, 1)
+        # A quarter to all of 64 KiB of LDS for K and V; a second stage spills on
+        # gfx942.
+        if wide <= 128:
+            return Config(128, 64, 4, 1)
+        return Config(64, 32 if wide <= 256 else 16, 4, 1)
     if device.arch == 90:
         return plan_prefill_hopper(shape)
+    if device.arch // 10 == 10:
+        return plan_prefill_blackwell(shape)
+    return plan_prefill_mma(shape)
+
+
+def plan_prefill_mma(shape: Shape) -> Config:
+    """CUDA GPUs whose matrix products take registers: the largest without spills."""
+    wide = shape.head_padded
+    if wide <= 128:
+        return Config(128 if wide <= 64 else 64, 64, 8, 2)
+    return Config(64, 32, 8, 2) if wide <= 256 else Config(32, 16, 8, 2)
+
+
+def plan_prefill_blackwell(shape: Shape) -> Config:
+    """Accumulators are in tensor memory, if a tile has 64 rows or more."""
+    wide = shape.head_padded
     if wide <= 128:
         return Config(128, 64, 8, 2)
-    if device.shared_memory < 160 * 1024:
-        return Config(64, 32, 8, 2) if wide <= 256 else Config(32, 16, 8, 2)
-    return Config(128, 32, 8, 2) if wide <= 256 else Config(64, 16, 8, 2)
+    return Config(128, 32, 8, 2) if wide <= 256 else Config(32, 16, 8, 2)
+
+
+def plan_prefill_rdna(shape: Shape) -> Config:
+    """The largest tiles without spills; heads over 256 spill in any."""
+    wide = shape.head_padded
+    if wide <= 128:
+        if shape.kv_dtype != shape.query_dtype:  # converted by arithmetic
+            return Config(64, 16, 8, 1)
+        return Config(128, 32, 8, 1)
+    return Config(64 if wide <= 256 else 16, 16, 16, 1)
 
 
 def avoids_wgmma(shape: Shape, device: Device) -> bool:
@@ -218,17 +307,61 @@ def plan_prefill_hopper(shape: Shape) -> Config:
     """Measured on an H200 at 8k tokens, causal, bf16."""
     wide = shape.head_padded
     if shape.kv_dtype != shape.query_dtype:
-        return Config(32, 64 if wide <= 128 else 32, 4 if wide <= 128 else 8, 3)
+        if wide <= 128:
+            return Config(32, 64, 8 if wide <= 64 else 4, 3)
+        return Config(32, 32, 8, 3)
     if wide <= 64:
-        # 369 TFLOP/s with pages of 128 and 378 with 16; 128 rows: 359 and 358.
-        return Config(64, 64, 4, 3)
+        # 413 TFLOP/s with pages of 16; 64 keys: 376.
+        return Config(64, 128, 4, 2, masked_tile=64)
     if wide <= 128:
-        # 431 TFLOP/s with pages of 128 and 368 with 16; 64 keys: 411 and 335.
-        return Config(128, 128, 8, 2)
+        # 449 TFLOP/s with pages of 128 and 419 with 16; 64 keys: 394 with 16.
+        return Config(128, 128, 8, 2, masked_tile=64)
     if wide <= 256:
-        # 441 TFLOP/s with pages of 128 and 463 with 16; two stages: 440 and 443.
-        return Config(128, 64, 8, 3)
+        # 523 TFLOP/s with pages of 16; 32 keys: 424.
+        return Config(128, 64, 8, 2, masked_tile=32)
     return Config(64, 32, 8, 2)
+
+
+# By head size, padded. Measured as above, with pages of 128: 422, 523 and 531 TFLOP/s.
+# At 128, 128 keys and 8 warps: 464, as only one such program fits a multiprocessor.
+HOPPER_BOXES = {
+    64: Config(64, 64, 4, 3),
+    128: Config(128, 64, 4, 2, masked_tile=32),
+    256: Config(128, 64, 8, 2, masked_tile=32),
+}
+
+
+def plan_prefill_boxes(
+    shape: Shape, device: Device, pointers: Config
+) -> Config | None:
+    """As `pointers`, with K and V read in boxes, each within a page; None: without.
+
+    A box is one instruction (TMA) and spares the threads all addresses. Elsewhere
+    Triton makes plain loads with bounds checks of it, and on GPUs of compute
+    capability 12 nobody has measured it. fp8 is converted in registers on its way.
+    """
+    if device.backend != "cuda" or device.arch // 10 not in (9, 10):
+        return None
+    if shape.query_dtype.itemsize != 2 or shape.kv_dtype != shape.query_dtype:
+        return None
+    config = HOPPER_BOXES.get(shape.head_padded) if device.arch == 90 else pointers
+    return config if config and shape.block_size % config.tile == 0 else None
+
+
+def with_rows(config: Config, rows: int) -> Config:
+    """The config for tiles of so many rows, as many to a warp."""
+    num_warps = config.num_warps * rows // config.block_m
+    return replace(config, block_m=rows, num_warps=num_warps)
+
+
+def head_lanes(head_tiles: int, num_xcds: int) -> int | None:
+    """In how many lanes the head tiles of a prefill go side by side; None: all.
+
+    Programs are dealt to the XCDs in turn, so a number of lanes that divides that of
+    the XCDs keeps every lane on XCDs of its own: all tiles that share a KV head find
+    its keys in one L2 (4 MiB on an MI300X), one head at a time.
+    """
+    return math.gcd(head_tiles, num_xcds) if num_xcds > 1 else None
 
 
 @cache
@@ -256,14 +389,18 @@ def make_plan(
         )
     )
     prefill, pack = plan_prefill(shape, device), shape.group
+    boxes = plan_prefill_boxes(shape, device, prefill)
     if hopper:
         pack = hopper_prefill.packed_heads(shape.group)
         rows = hopper_prefill.CONFIGS[shape.head_padded].block_m
-        prefill = replace(prefill, block_m=rows)
+        prefill = with_rows(prefill, rows)
+        boxes = with_rows(boxes, rows) if boxes else None
     return AttentionPlan(
         decode=plan_decode(shape, device, max_query_len),
         prefill=prefill,
+        prefill_boxes=boxes,
         prefill_pack=pack,
+        head_lanes=head_lanes(shape.num_query_heads // pack, device.num_xcds),
         hopper=hopper,
         num_workers=2 * device.num_units,
     )

@@ -27,13 +27,18 @@ ITEM_FIELDS: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
-def tile_bounds(first_key, full_first_key, full_end_key, end_key, TILE: tl.constexpr):
-    """Keys seen by any row, and by every row, rounded to tiles; see below."""
-    first = first_key // TILE
-    end = tl.maximum(tl.cdiv(tl.maximum(end_key, 0), TILE), first)
-    full_first = tl.minimum(tl.cdiv(full_first_key, TILE), end)
+def tile_bounds(
+    first_key, full_first_key, full_end_key, end_key,
+    TILE: tl.constexpr, MASKED_TILE: tl.constexpr,
+):  # fmt: skip
+    """Keys seen by any row, and by every row, in tiles; see `key_tile_bounds`."""
+    RATIO: tl.constexpr = TILE // MASKED_TILE
+    first = first_key // MASKED_TILE
+    end = tl.maximum(tl.cdiv(tl.maximum(end_key, 0), MASKED_TILE), first)
+    full_first = tl.cdiv(full_first_key, TILE)
     full_end = tl.maximum(tl.maximum(full_end_key, 0) // TILE, full_first)
-    return (first_key, end_key), first, full_first, tl.minimum(full_end, end), end
+    left = (first, tl.minimum(full_first * RATIO, end))
+    return (first_key, end_key), left, (full_first, full_end), (full_end * RATIO, end)
 
 
 @triton.jit
@@ -45,13 +50,15 @@ def key_tile_bounds(
     PACK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
+    MASKED_TILE: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
     """Which keys a tile of rows sees, and which tiles of keys need no mask.
 
-    Returns (first key, end key) and the tile indices first <= full_first <=
-    full_end <= end: tiles in [full_first, full_end) are seen whole by every row.
+    Returns (first key, end key) and three ranges of tiles, any of which may be empty:
+    those before, in tiles of MASKED_TILE keys; those that every row sees whole, in
+    tiles of TILE keys; those after, in tiles of MASKED_TILE keys.
     """
     context = seq_len - query_len
     first_position = context + (m_block * BLOCK_M) // PACK
@@ -70,16 +77,32 @@ def key_tile_bounds(
         if not CAUSAL:
             end_key = tl.minimum(seq_len, last_position + window)
             full_end_key = tl.minimum(seq_len, first_position + window)
-    return tile_bounds(first_key, full_first_key, full_end_key, end_key, TILE)
+    return tile_bounds(
+        first_key, full_first_key, full_end_key, end_key, TILE, MASKED_TILE
+    )
 
 
 @triton.jit
-def limited_tile_bounds(limits, TILE: tl.constexpr):
+def limited_tile_bounds(limits, TILE: tl.constexpr, MASKED_TILE: tl.constexpr):
     """The same, of rows with limits."""
     first, end, prefix = limits
     first_key = tl.where(prefix > 0, 0, tl.maximum(tl.min(first, 0), 0))
     full_first_key = tl.maximum(tl.max(first, 0), 0)
-    return tile_bounds(first_key, full_first_key, tl.min(end, 0), tl.max(end, 0), TILE)
+    return tile_bounds(
+        first_key, full_first_key, tl.min(end, 0), tl.max(end, 0), TILE, MASKED_TILE
+    )
+
+
+@triton.jit
+def head_and_item(program, head_tiles, num_items, HEAD_LANES: tl.constexpr):
+    """Which head tile and which item a program takes; see `plan.head_lanes`.
+
+    Programs are dealt to HEAD_LANES lanes in turn. Each lane has an equal run of the
+    head tiles and takes all items of one before the next.
+    """
+    rank = program // HEAD_LANES  # in its lane
+    head_tile = program % HEAD_LANES * (head_tiles // HEAD_LANES) + rank // num_items
+    return head_tile, rank % num_items
 
 
 # Microbatches slice what is per sequence anywhere: alignment must make no variant.
@@ -111,6 +134,9 @@ def prefill_kernel(
     ranges_ptr,  # [num_seqs, num_ranges, 2] or None
     prefix_ptr,  # [num_seqs] or None
     output_scale_ptr,  # [1] or None
+    # Descriptors of [num_blocks, num_kv_heads, block_size, head_size], or None
+    key_boxes,
+    value_boxes,
     output_strides,  # (token, head)
     lse_stride,
     query_strides,
@@ -123,11 +149,13 @@ def prefill_kernel(
     num_ranges,  # None without ranges
     GROUP: tl.constexpr,  # query heads per KV head
     PACK: tl.constexpr,  # query heads in a tile, a divisor of GROUP
+    HEAD_LANES: tl.constexpr,  # see head_and_item; None: a grid of heads and items
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr,  # keys in a tile that every row sees whole
+    MASKED_TILE: tl.constexpr,  # keys in other tiles
     PRECISION: tl.constexpr,
     PAIRED_VALUES: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -140,9 +168,15 @@ def prefill_kernel(
     FP8: tl.constexpr,  # format of an output that is divided by output_scale, or None
     FP8_MAX: tl.constexpr,
 ):
-    first_head = tl.program_id(0) * PACK
+    head_tile, item_index = tl.program_id(0), tl.program_id(1)
+    if HEAD_LANES is not None:
+        head_tiles, num_items = tl.num_programs(0), tl.num_programs(1)
+        head_tile, item_index = head_and_item(
+            head_tile + item_index * head_tiles, head_tiles, num_items, HEAD_LANES
+        )
+    first_head = head_tile * PACK
     kv_head = first_head // GROUP
-    item = items_ptr + tl.program_id(1) * ITEM_FIELDS
+    item = items_ptr + item_index * ITEM_FIELDS
     sequence = tl.load(item)
     if sequence < 0:
         return
@@ -164,16 +198,17 @@ def prefill_kernel(
     if not LIMITED:
         limits: tl.constexpr = None
         bounds = key_tile_bounds(
-            m_block, query_len, seq_len, window, PACK, BLOCK_M, TILE, CAUSAL, WINDOWED
-        )
+            m_block, query_len, seq_len, window,
+            PACK, BLOCK_M, TILE, MASKED_TILE, CAUSAL, WINDOWED,
+        )  # fmt: skip
     else:
         limits = row_limits(
             seq_len - query_len + tl.minimum(token, query_len - 1),
             sequence, seq_len, window, causal_ptr, (ranges_ptr, num_ranges), prefix_ptr,
             CAUSAL, WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW,
         )  # fmt: skip
-        bounds = limited_tile_bounds(limits, TILE)
-    keys_range, first, full_first, full_end, end = bounds
+        bounds = limited_tile_bounds(limits, TILE, MASKED_TILE)
+    keys_range, before, seen_whole, after = bounds
     position = seq_len - query_len + token
     block_row = block_table_ptr + sequence.to(tl.int64) * block_table_stride
     key_ptr += kv_head.to(tl.int64) * key_strides[2]
@@ -183,26 +218,30 @@ def prefill_kernel(
     else:
         slopes = load_slopes(slopes_ptr, head, row_valid)
     sight = (window, slopes, limits)
+    if key_boxes is None:
+        boxes: tl.constexpr = None
+    else:
+        boxes = (key_boxes, value_boxes, kv_head)
     state = start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
     # Left edge of the window, then whole tiles, then diagonal and end.
     if WINDOWED or LIMITED:
         state = attend_tiles(
             state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-            block_row, (first, full_first), keys_range, scales, sight,
+            block_row, before, keys_range, scales, sight, None,
             CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
-            TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
+            MASKED_TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
         )  # fmt: skip
     state = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-        block_row, (full_first, full_end), keys_range, scales, sight,
+        block_row, seen_whole, keys_range, scales, sight, boxes,
         CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, False,
         TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
     )  # fmt: skip
     acc, row_max, row_sum = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-        block_row, (full_end, end), keys_range, scales, sight,
+        block_row, after, keys_range, scales, sight, None,
         CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
-        TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
+        MASKED_TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
     )  # fmt: skip
 
     acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)

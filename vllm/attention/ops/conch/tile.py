@@ -145,16 +145,54 @@ def page_and_slot(
 
 
 @triton.jit
+def page_numbers(
+    block_row, tile, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
+):
+    """The pages of a tile, all of whose keys exist, one scalar each; 0 from end on.
+
+    Scalars are carried from turn to turn in uniform registers, so that a turn's loads
+    of K and V need not wait for the block table.
+    """
+    entry = block_row + tile * TILE // BLOCK_SIZE
+    exists = tile < end
+    numbers = (tl.load(entry, mask=exists, other=0),)
+    for i in tl.static_range(1, TILE // BLOCK_SIZE):
+        numbers = numbers + (tl.load(entry + i, mask=exists, other=0),)
+    return numbers
+
+
+@triton.jit
+def slots_of_pages(numbers, start, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """As `page_and_slot`, of a tile on the pages of these numbers."""
+    lane = tl.arange(0, TILE)
+    if BLOCK_SIZE >= TILE:
+        page = numbers[0]
+        slot = start % BLOCK_SIZE + lane
+    else:
+        page = tl.zeros([TILE], tl.int32)
+        for i in tl.static_range(TILE // BLOCK_SIZE):
+            page = tl.where(lane // BLOCK_SIZE == i, numbers[i], page)
+        slot = lane % BLOCK_SIZE
+    return page.to(tl.int64), slot.to(tl.int64)
+
+
+@triton.jit
+def load_box(
+    descriptor, kv_head, number, slot, TILE: tl.constexpr, HEAD_PADDED: tl.constexpr
+):
+    """[TILE, D] of K or V from one page; what lies behind HEAD_SIZE reads as 0."""
+    box = descriptor.load([number, kv_head, slot, 0])
+    return tl.reshape(box, [TILE, HEAD_PADDED])
+
+
+@triton.jit
 def weigh_tile(
     start,  # first key of the tile
     row_max,  # [M]
     row_sum,
     query,  # [M, D]
+    key,  # [D, TILE]
     position,  # [M] position of each row's token in its sequence
-    key_ptr,  # this KV head, slot 0 of page 0
-    page,
-    slot,
-    key_strides,  # (page, slot, head)
     keys_range,  # (first, end): keys outside are neither read nor weighed
     scales,  # (softmax scale in log2 units, softcap's inner scale)
     sight,  # (window: keys that a query sees, itself included; slopes [M] or None;
@@ -165,23 +203,11 @@ def weigh_tile(
     ALIBI_SQRT: tl.constexpr,
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Weights [M, TILE] of a tile of keys, and the new softmax state."""
-    dims = tl.arange(0, HEAD_PADDED)
     keys = start + tl.arange(0, TILE)
     valid = (keys >= keys_range[0]) & (keys < keys_range[1])
-    # K: [D, TILE]
-    offsets = page * key_strides[0] + slot * key_strides[1]
-    key = load_tile(
-        key_ptr + offsets[None, :] + dims[:, None],
-        valid[None, :],
-        (dims < HEAD_SIZE)[:, None],
-        MASKED,
-        HEAD_SIZE != HEAD_PADDED,
-    )
     # scores: [M, TILE]
     scores = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
     if SOFTCAP:
@@ -227,6 +253,7 @@ def attend_tiles(
     keys_range,
     scales,
     sight,
+    boxes,  # (descriptor of K, of V, KV head) for tiles within a page; None: pointers
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -247,32 +274,51 @@ def attend_tiles(
     """
     acc, row_max, row_sum = state
     MASK_DIMS: tl.constexpr = HEAD_SIZE != HEAD_PADDED
+    AHEAD: tl.constexpr = not MASKED and (
+        BLOCK_SIZE % TILE == 0 or TILE % BLOCK_SIZE == 0
+    )
+    dims = tl.arange(0, HEAD_PADDED)
     if PAIRED_VALUES:
         even, odd = acc
-        dims = tl.arange(0, HEAD_PADDED // 2)
-        dims_valid = dims < HEAD_SIZE // 2
+        pair_dims = tl.arange(0, HEAD_PADDED // 2)
         pair_ptr = value_ptr.to(tl.pointer_type(tl.int16))
-    else:
-        dims = tl.arange(0, HEAD_PADDED)
-        dims_valid = dims < HEAD_SIZE
+    if AHEAD:
+        coming = page_numbers(block_row, tiles[0], tiles[1], BLOCK_SIZE, TILE)
     for tile in tl.range(tiles[0], tiles[1]):
         start = tile * TILE
-        page, slot = page_and_slot(block_row, start, keys_range, BLOCK_SIZE, TILE)
+        if AHEAD:
+            numbers = coming
+            page, slot = slots_of_pages(numbers, start, BLOCK_SIZE, TILE)
+        else:
+            page, slot = page_and_slot(block_row, start, keys_range, BLOCK_SIZE, TILE)
+        keys = start + tl.arange(0, TILE)
+        valid = (keys >= keys_range[0]) & (keys < keys_range[1])
+        # K: [D, TILE]
+        if boxes is None:
+            offsets = page * key_strides[0] + slot * key_strides[1]
+            key = load_tile(
+                key_ptr + offsets[None, :] + dims[:, None],
+                valid[None, :],
+                (dims < HEAD_SIZE)[:, None],
+                MASKED,
+                MASK_DIMS,
+            )
+        else:
+            key = load_box(
+                boxes[0], boxes[2], numbers[0], start % BLOCK_SIZE, TILE, HEAD_PADDED
+            ).T
         weights, decay, row_max, row_sum = weigh_tile(
-            start, row_max, row_sum, query, position, key_ptr, page, slot, key_strides,
-            keys_range, scales, sight, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED,
-            TILE, HEAD_SIZE, HEAD_PADDED, PRECISION,
+            start, row_max, row_sum, query, key, position, keys_range, scales, sight,
+            CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED, TILE, PRECISION,
         )  # fmt: skip
         weights = weights.to(query.dtype)
-        keys = start + tl.arange(0, TILE)
-        valid = ((keys >= keys_range[0]) & (keys < keys_range[1]))[:, None]
         # V: [TILE, D], or [TILE, D / 2] pairs
         offsets = (page * value_strides[0] + slot * value_strides[1])[:, None]
         if PAIRED_VALUES:
             pairs = load_tile(
-                pair_ptr + offsets // 2 + dims[None, :],
-                valid,
-                dims_valid[None, :],
+                pair_ptr + offsets // 2 + pair_dims[None, :],
+                valid[:, None],
+                (pair_dims < HEAD_SIZE // 2)[None, :],
                 MASKED,
                 MASK_DIMS,
             )
@@ -282,16 +328,23 @@ def attend_tiles(
             even = tl.dot(weights, value, even * decay[:, None])
             odd = tl.dot(weights, value_odd, odd * decay[:, None])
         else:
-            value = load_tile(
-                value_ptr + offsets + dims[None, :],
-                valid,
-                dims_valid[None, :],
-                MASKED,
-                MASK_DIMS,
-            ).to(query.dtype)
+            if boxes is None:
+                value = load_tile(
+                    value_ptr + offsets + dims[None, :],
+                    valid[:, None],
+                    (dims < HEAD_SIZE)[None, :],
+                    MASKED,
+                    MASK_DIMS,
+                ).to(query.dtype)
+            else:
+                value = load_box(
+                    boxes[1], boxes[2], numbers[0], start % BLOCK_SIZE, TILE, HEAD_PADDED
+                )
             acc = tl.dot(
                 weights, value, acc * decay[:, None], input_precision=PRECISION
             )
+        if AHEAD:
+            coming = page_numbers(block_row, tile + 1, tiles[1], BLOCK_SIZE, TILE)
     if PAIRED_VALUES:
         acc = (even, odd)
     return acc, row_max, row_sum

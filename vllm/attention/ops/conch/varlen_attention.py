@@ -22,12 +22,13 @@ from .checks import (
 )
 from .decode import decode_kernel
 from .fp8 import FP8_DTYPES, storage_view, triton_fp8
-from .launch import Launch
+from .launch import Launch, describe_pages
 from .plan import (
     BLOCK_SIZE_MULTIPLE,
     HEAD_SIZES,
     QUERY_DTYPES,
     AttentionPlan,
+    Config,
     Shape,
     unsupported_kv_dtype,
 )
@@ -246,6 +247,11 @@ def reads_pairs(query: TensorSpec, value_cache: TensorSpec, odd: bool) -> bool:
     )
 
 
+def strides_suit_tma(*specs: TensorSpec) -> bool:
+    """Whether TMA, which steps in units of 16 bytes, can read them; of 16 bits."""
+    return all(stride % 8 == 0 for spec in specs for stride in spec.strides[:-1])
+
+
 def is_aligned(*tensors: torch.Tensor) -> bool:
     """Whether TMA can read them: it addresses units of 16 bytes."""
     return not any(tensor.data_ptr() % 16 for tensor in tensors)
@@ -256,6 +262,7 @@ class Launches(NamedTuple):
 
     decode: Launch
     prefill: Launch
+    boxes: Launch | None  # prefill with K and V read in boxes, where addresses suit
     hopper: bool  # strides and options suit the Hopper prefill kernel
 
 
@@ -310,26 +317,34 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
             **plan.decode.constants(),
         ),
     )
-    prefill = Launch(
-        prefill_kernel,
-        (shape.num_query_heads // plan.prefill_pack,),
-        arguments,
-        dict(
-            PACK=plan.prefill_pack,
-            PAIRED_VALUES=pairs and plan.prefill.block_m < WGMMA_ROWS,
-            **variant,
-            **plan.prefill.constants(),
-        ),
-    )
-    # TMA steps in units of 16 bytes.
-    streamed = [specs[name] for name in ("query", "key_cache", "value_cache")]
+
+    def plan_prefill(config: Config) -> Launch:
+        return Launch(
+            prefill_kernel,
+            (shape.num_query_heads // plan.prefill_pack,),
+            arguments,
+            dict(
+                PACK=plan.prefill_pack,
+                HEAD_LANES=plan.head_lanes,
+                MASKED_TILE=config.masked_tile or config.tile,
+                PAIRED_VALUES=pairs and config.block_m < WGMMA_ROWS,
+                **variant,
+                **config.constants(),
+            ),
+        )
+
+    boxes = None
+    if plan.prefill_boxes and strides_suit_tma(specs["key_cache"], specs["value_cache"]):
+        boxes = plan_prefill(plan.prefill_boxes)
     hopper = (
         plan.hopper
         and sight.chunk_lookback < 0
         and specs.keys().isdisjoint(PORTABLE)
-        and all(stride % 8 == 0 for spec in streamed for stride in spec.strides[:-1])
+        and strides_suit_tma(
+            specs["query"], specs["key_cache"], specs["value_cache"]
+        )
     )
-    return Launches(decode, prefill, hopper)
+    return Launches(decode, plan_prefill(plan.prefill), boxes, hopper)
 
 
 def varlen_attention(
@@ -533,7 +548,12 @@ def varlen_attention(
             output_lse=output_lse,
         )
     else:
-        launches.prefill(
+        launch, boxes = launches.prefill, (None, None)
+        if launches.boxes is not None and is_aligned(key_cache, value_cache):
+            launch = launches.boxes
+            box = plan.prefill_boxes.tile, shape.head_padded
+            boxes = describe_pages(key_cache, *box), describe_pages(value_cache, *box)
+        launch(
             output,
             output_lse,
             query,
@@ -544,5 +564,6 @@ def varlen_attention(
             k_scale,
             v_scale,
             *features,
+            descriptors=boxes,
             grid=(shape.num_query_heads // plan.prefill_pack, num_items),
         )

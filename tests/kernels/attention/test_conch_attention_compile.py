@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What attention compiles to on every supported GPU.
+
+Needs no GPU. A call of `varlen_attention` plans for a device that is not there, and its
+launches are compiled instead of made: what the plan picks must not spill, must fit the
+device's shared memory and must use its matrix units.
+
+Representatives: every head size class, the tiles of 16, 32 and 64 decode rows of the
+common ones, pages smaller and larger than a tile of keys, every class of cache dtypes.
+Left out: float16, which compiles as bfloat16 does, and head sizes that are padded to
+these, but for one.
+"""
+
+import importlib
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from tests.kernels.attention.conch_compile import (
+    TARGETS,
+    Resources,
+    compile_for,
+    compile_on_all,
+    resources,
+)
+from tests.kernels.attention.conch_devices import DEVICES
+
+BF16, E5M2 = torch.bfloat16, torch.float8_e5m2
+NUM_KV_HEADS = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """Layers, and how long their decodes are."""
+
+    head_size: int
+    group: int = 4
+    decode_query_len: int = 1
+    block_size: int = 16
+    dtype: torch.dtype = BF16
+    kv_dtype: torch.dtype = BF16
+    options: dict = field(default_factory=dict)
+
+
+CASES = {
+    "64": Case(64),
+    "64_verify": Case(64, decode_query_len=5),
+    "64_rows": Case(64, group=8, decode_query_len=16),
+    "80": Case(80),
+    "128": Case(128),
+    "128_verify": Case(128, decode_query_len=5),
+    "128_rows": Case(128, group=8, decode_query_len=16),
+    "128_page": Case(128, block_size=128),
+    "128_masks": Case(128, options={"sliding_window": 500, "softcap": 30.0}),
+    "128_fp8": Case(128, kv_dtype=E5M2),
+    "128_fp8_rows": Case(128, group=8, decode_query_len=16, kv_dtype=E5M2),
+    "128_fp32": Case(128, dtype=torch.float32, kv_dtype=torch.float32),
+    "256": Case(256),
+    "256_verify": Case(256, decode_query_len=5),
+    "256_rows": Case(256, group=8, decode_query_len=16),
+    "256_fp8": Case(256, kv_dtype=E5M2),
+    "512": Case(512),
+}
+# Most bytes that spill all the same, by target and kernel.
+SPILLS = {
+    # Tiles whose rates are known; others have to be measured first.
+    "sm90": {
+        "128_page prefill_kernel": 72,
+        "256 prefill_kernel": 24,
+        "512 prefill_kernel": 208,
+    },
+    # 16 rows of a query of 256 take half of the registers of waves of 32.
+    "gfx1100": {
+        "256_fp8 decode_kernel": 160,
+        "256_fp8 prefill_kernel": 160,
+        "512 decode_kernel": 700,
+        "512 prefill_kernel": 700,
+    },
+}
+
+
+def device_of(name: str):
+    """The plan's device for one of `TARGETS`."""
+    target = TARGETS[name]
+    return next(d for d in DEVICES.values() if d.arch == target.arch)
+
+
+class Recorder:
+    """Stands for a kernel and keeps what it is launched with."""
+
+    def __init__(self, kernel, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def record(case: Case, device) -> list[tuple]:
+    """(Kernel, arguments, constants) of a mixed batch: schedule, decode, prefill."""
+    conch = "vllm.attention.ops.conch"
+    attention, schedule, launch, plan = (
+        importlib.import_module(f"{conch}.{name}")
+        for name in ("varlen_attention", "schedule", "launch", "plan")
+    )
+    launches: list[tuple] = []
+
+    def call(self, *tensors, descriptors=(), grid=None):
+        args = (*tensors, *descriptors, *self.arguments)
+        launches.append((self.kernel, args, self.constants))
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device="meta")
+
+    heads, tokens = case.group * NUM_KV_HEADS, 3000
+    query = torch.empty(tokens, heads, case.head_size, dtype=case.dtype, device="meta")
+    # More than 2 GiB, up to which AMD's compiler counts on 32-bit offsets.
+    pages = (2, 2**22 // case.block_size, case.block_size, NUM_KV_HEADS, case.head_size)
+    caches = torch.empty(pages, dtype=case.kv_dtype, device="meta")
+    scale = None
+    if case.kv_dtype != case.dtype:
+        scale = torch.empty(1, device="meta")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch.Launch, "__call__", call)
+        patch.setattr(plan, "this_device", lambda index: device)
+        patch.setattr(schedule, "this_device", lambda index: device)
+        recorder = Recorder(schedule.schedule_kernel, launches)
+        patch.setattr(schedule, "schedule_kernel", recorder)
+        work = schedule.VarlenSchedule(
+            max_num_seqs=64,
+            max_num_tokens=tokens,
+            num_query_heads=heads,
+            num_kv_heads=NUM_KV_HEADS,
+            head_size=case.head_size,
+            block_size=case.block_size,
+            query_dtype=case.dtype,
+            kv_dtype=case.kv_dtype,
+            device="meta",
+            sliding_window=case.options.get("sliding_window"),
+            decode_query_len=case.decode_query_len,
+            portable=True,
+        )
+        lengths = integers(65), integers(64)
+        work.update(*lengths, max_query_len=1000, num_tokens=tokens)
+        attention.varlen_attention(
+            query,
+            *caches.unbind(0),
+            torch.empty_like(query),
+            *lengths,
+            integers(64, 512),
+            max_query_len=1000,
+            scale=0.1,
+            k_scale=scale,
+            v_scale=scale,
+            schedule=work,
+            **case.options,
+        )
+    return launches
+
+
+def compile_all(name: str) -> dict[str, Resources]:
+    """Resources of every variant, once, by case and kernel."""
+    found: dict[str, Resources] = {}
+    seen = set()
+    for case_name, case in CASES.items():
+        for kernel, args, constants in record(case, device_of(name)):
+            if kernel.__name__ == "schedule_kernel":
+                variant = (kernel.__name__,)
+            else:
+                # A prefill does not depend on the decodes beside it.
+                layer = replace(case, group=1, decode_query_len=1, options={})
+                rows = constants["BLOCK_M"], constants["TILE"], len(case.options)
+                variant = (kernel.__name__, str(layer), *rows)
+            if variant not in seen:
+                seen.add(variant)
+                compiled = compile_for(TARGETS[name], kernel, *args, **constants)
+                found[f"{case_name} {kernel.__name__}"] = resources(compiled)
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, Resources]]:
+    return {
+        target: {kernel: Resources(*fields) for kernel, fields in kernels.items()}
+        for target, kernels in compile_on_all(compile_all).items()
+    }
+
+
+def of_kernel(kernels: dict[str, Resources], kernel: str):
+    """(Case name, case, resources) of one kernel's variants."""
+    for name, found in kernels.items():
+        case_name, kernel_name = name.split()
+        if kernel_name == kernel:
+            yield case_name, CASES[case_name], found
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_registers_and_shared_memory(name, compiled):
+    device = device_of(name)
+    assert len(compiled[name]) > len(CASES)
+    for kernel, found in compiled[name].items():
+        assert found.shared_bytes <= device.shared_memory, (kernel, found)
+        most = SPILLS.get(name, {}).get(kernel, 0)
+        assert found.spilled_bytes <= most, (kernel, found)
+
+
+MATRIX_UNITS = {
+    "sm80": {"HMMA"},
+    "sm89": {"HMMA"},
+    "sm90": {"HMMA", "HGMMA"},
+    "sm100": {"HMMA", "UTCHMMA"},
+    "sm120": {"HMMA"},
+    "gfx90a": {"v_mfma"},
+    "gfx942": {"v_mfma"},
+    "gfx950": {"v_mfma"},
+    "gfx1100": {"v_wmma"},
+}
+
+
+@pytest.mark.parametrize("kernel", ["decode_kernel", "prefill_kernel"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_matrix_units(name, kernel, compiled):
+    """Also a sign that the compiler has kept the loops at all."""
+    for case_name, case, found in of_kernel(compiled[name], kernel):
+        if case.dtype == torch.float32 and name == "gfx1100":
+            assert not found.products, (case_name, found)  # its units take 16 bits
+        else:
+            assert found.products, (case_name, found)
+            assert found.products.keys() <= MATRIX_UNITS[name], (case_name, found)
+
+
+def test_wgmma_on_hopper(compiled):
+    """Where operands are converted in registers it has given wrong results."""
+    for kernel in ("decode_kernel", "prefill_kernel"):
+        for case_name, case, found in of_kernel(compiled["sm90"], kernel):
+            if case.dtype == torch.float32 or case.kv_dtype != case.dtype:
+                assert "HGMMA" not in found.products, (case_name, found)
+            elif kernel == "prefill_kernel" and case.head_size <= 256:
+                assert found.products.keys() == {"HGMMA"}, (case_name, found)
+
+
+def test_tensor_memory_on_blackwell(compiled):
+    for case_name, case, found in of_kernel(compiled["sm100"], "prefill_kernel"):
+        if case.dtype == BF16 and case.head_size <= 256:
+            assert "UTCHMMA" in found.products, (case_name, found)
+
+
+@pytest.mark.parametrize("name", ["sm80", "sm89", "sm90", "sm100", "sm120"])
+def test_loads_are_in_flight(name, compiled):
+    """Keys of later tiles are on their way to shared memory under the products."""
+    for kernel in ("decode_kernel", "prefill_kernel"):
+        for case_name, case, found in of_kernel(compiled[name], kernel):
+            if case.dtype == BF16:
+                copies = [load for load in found.loads if load.startswith("LDGSTS")]
+                assert copies, (case_name, kernel, found)
