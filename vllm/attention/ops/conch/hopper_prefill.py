@@ -25,6 +25,7 @@ CAPABILITY = (9, 0)
 TRITON_VERSIONS = ("3.6.",)  # Gluon has no stable interface: what was tested
 HEAD_SIZES = range(40, 257, 8)  # 8: TMA's strides; smaller ones waste half the tile
 DTYPES = (torch.bfloat16, torch.float16)
+SINK_DTYPES = (*DTYPES, torch.float32)
 CONSUMER_ROWS = 64
 PANEL = 64  # elements of 16 bits in 128 bytes, the widest swizzle
 LOG2E = 1.4426950408889634
@@ -40,6 +41,7 @@ class HopperConfig:
     narrow_p: bool = False  # probabilities go around the loop in 16 bits, not 32
     softcap: str = "approx"  # tanh by the hardware's, or exactly by "exp2"
     row_block: int | None = None  # see `rows_by_head`
+    q_stages: int = 1  # query tiles in flight
 
     @property
     def block_m(self) -> int:
@@ -83,7 +85,11 @@ def supports(
     kv_dtype: torch.dtype,
     softcap: float = 0.0,
 ) -> bool:
-    """Whether the kernel covers a model's attention; else the portable one does."""
+    """Whether the kernel covers a model's attention; else the portable one does.
+
+    Causal or not, windows, packed views and sinks (see `check_sinks`) are covered with
+    all of these. ALiBi, ranges of images and other masks are not.
+    """
     return (
         head_size in HEAD_SIZES
         and block_size % 16 == 0
@@ -153,6 +159,30 @@ def check_alignment(name: str, tensor: torch.Tensor) -> None:
         )
 
 
+def check_sinks(sinks: torch.Tensor, query: torch.Tensor) -> None:
+    """ValueError where sinks are not one float of each query head, in a row."""
+    num_heads = query.shape[1]
+    if sinks.shape != (num_heads,):
+        raise ValueError(
+            f"sinks has shape {tuple(sinks.shape)}; it must be ({num_heads},), one "
+            "logit of each query head."
+        )
+    if sinks.dtype not in SINK_DTYPES:
+        raise ValueError(
+            f"sinks is {sinks.dtype}; it must be one of {SINK_DTYPES}. Convert it."
+        )
+    if sinks.device != query.device:
+        raise ValueError(
+            f"sinks is on {sinks.device}; it must be on {query.device}, as query is. "
+            "Move it there."
+        )
+    if not sinks.is_contiguous():
+        raise ValueError(
+            f"sinks has stride {sinks.stride(0)}; it must be 1. Pass "
+            "sinks.contiguous()."
+        )
+
+
 def hopper_prefill(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -167,6 +197,7 @@ def hopper_prefill(
     sliding_window: int | None = None,
     softcap: float = 0.0,
     output_lse: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     config: HopperConfig | None = None,
 ) -> None:
     """Attention of the queries on a work list to their sequences' paged keys.
@@ -191,6 +222,9 @@ def hopper_prefill(
         sliding_window: keys a query sees, itself included; non-causal: both ways.
         softcap: logits become softcap * tanh(logits / softcap); 0: they do not.
         output_lse: optional [num_tokens, num_query_heads] fp32, contiguous.
+        sinks: optional [num_query_heads] float, contiguous: for each head the logit of
+            one key more, which every query sees and whose value is 0. It counts in
+            output_lse.
         config: tile and pipeline, default by head size.
     """
     from .hopper_prefill_kernel import hopper_prefill_kernel
@@ -201,6 +235,8 @@ def hopper_prefill(
         ("query", query), ("key_cache", key_cache), ("value_cache", value_cache)
     ):  # fmt: skip
         check_alignment(name, tensor)
+    if sinks is not None:
+        check_sinks(sinks, query)
     config = config or CONFIGS[max(64, triton.next_power_of_2(head_size))]
     group = num_query_heads // num_kv_heads
     row_block = config.row_block
@@ -222,6 +258,7 @@ def hopper_prefill(
         SOFTCAP=config.softcap if softcap else None,
         NARROW_P=config.narrow_p,
         ROW_BLOCK=row_block,
+        Q_STAGES=config.q_stages,
     )
     arguments = (
         describe_tensor(query, (CONSUMER_ROWS // pack, pack, PANEL)),
@@ -229,6 +266,7 @@ def hopper_prefill(
         describe_tensor(value_cache, box),
         output,
         output_lse,
+        sinks,
         work,
         block_table,
         output.stride(0),
@@ -244,8 +282,9 @@ def hopper_prefill(
     variant = (
         query.device,
         query.dtype,
-        tuple(None if t is None else t.data_ptr() % 16 == 0 for t in arguments[3:7]),
-        arguments[7:9],
+        tuple(None if t is None else t.data_ptr() % 16 == 0 for t in arguments[3:8]),
+        None if sinks is None else sinks.dtype,
+        arguments[8:10],
         tuple(constants.values()),
     )
     grid = (num_programs(query.device), 1, 1)

@@ -44,6 +44,16 @@ LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
 
 
+@gluon.jit
+def query_slot(cfg, CONSUMER: gl.constexpr, turn):
+    """Which query tile of the ring holds a consumer's rows of the program's item
+    number `turn`."""
+    if cfg.Q_STAGES == 1:
+        return CONSUMER
+    else:
+        return turn % cfg.Q_STAGES * cfg.CONSUMERS + CONSUMER
+
+
 # --------------------------------------------------------------- producer
 
 
@@ -88,24 +98,27 @@ def load_tile(cfg, desc, ring, full, free, count, pages, last_page, kv_head, til
 
 
 @gluon.jit
-def load_queries(cfg, rings, q_desc, item, phase):
+def load_queries(cfg, rings, q_desc, item, turn):
     head = item.head_tile * cfg.PACK
     PANELS: gl.constexpr = cfg.PADDED // PANEL
     LOADED: gl.constexpr = (cfg.HEAD_SIZE + PANEL - 1) // PANEL
     q_bytes: gl.constexpr = CONSUMER_ROWS * LOADED * PANEL * 2
+    QUERIES: gl.constexpr = cfg.Q_STAGES * cfg.CONSUMERS
     panels = rings.q._reinterpret(
-        rings.q.dtype, [cfg.CONSUMERS * PANELS, CONSUMER_ROWS, PANEL], cfg.KV_LAYOUT
+        rings.q.dtype, [QUERIES * PANELS, CONSUMER_ROWS, PANEL], cfg.KV_LAYOUT
     )
+    phase = turn // cfg.Q_STAGES % 2
     for c in gl.static_range(cfg.CONSUMERS):
         row = item.tile * cfg.BLOCK_M + c * CONSUMER_ROWS
-        mbarrier.wait(rings.q_free.index(c), phase ^ 1)
-        mbarrier.expect(rings.q_full.index(c), q_bytes)
+        slot = query_slot(cfg, c, turn)
+        mbarrier.wait(rings.q_free.index(slot), phase ^ 1)
+        mbarrier.expect(rings.q_full.index(slot), q_bytes)
         for panel in gl.static_range(LOADED):
             tma.async_copy_global_to_shared(
                 q_desc,
                 [item.q_start + row // cfg.PACK, head, panel * PANEL],
-                rings.q_full.index(c),
-                panels.index(c * PANELS + panel),
+                rings.q_full.index(slot),
+                panels.index(slot * PANELS + panel),
             )
 
 
@@ -120,7 +133,7 @@ def producer(cfg, batch, rings, q_desc, k_desc, v_desc):
         kv_head = item.head_tile * cfg.PACK // cfg.GROUP
         pages = batch.block_table + item.seq.to(gl.int64) * batch.block_table_stride
         last_page = gl.maximum(item.seq_len - 1, 0) // cfg.PAGE
-        load_queries(cfg, rings, q_desc, item, turn % 2)
+        load_queries(cfg, rings, q_desc, item, turn)
         load_tile(
             cfg, k_desc, rings.k, rings.k_full, rings.k_free, count, pages, last_page,
             kv_head, end - 1,
@@ -148,9 +161,9 @@ def producer(cfg, batch, rings, q_desc, k_desc, v_desc):
 
 
 @gluon.jit
-def issue_scores(cfg, rings, CONSUMER: gl.constexpr, slot):
+def issue_scores(cfg, rings, q_slot, slot):
     """Start S = Q K^T.  Q: [64, PADDED], K: [BLOCK_N, PADDED]"""
-    q = rings.q.index(CONSUMER)
+    q = rings.q.index(q_slot)
     k = rings.k.index(slot)
     s = gl.zeros([CONSUMER_ROWS, cfg.BLOCK_N], gl.float32, cfg.S_LAYOUT)
     for i in gl.static_range(len(cfg.CHUNKS)):
@@ -280,7 +293,7 @@ def per_row(values, like):
 @gluon.jit
 def consume_tile(
     cfg, batch, rings, item, CONSUMER: gl.constexpr, MASK: gl.constexpr,
-    tile, count, acc, p, row_max, row_sum,
+    q_slot, tile, count, acc, p, row_max, row_sum,
 ):  # fmt: skip
     """S of tile `tile` beside P.V of the tile before, then the softmax of S.
 
@@ -291,7 +304,7 @@ def consume_tile(
     v_slot = (count - 1) % cfg.STAGES
     v_phase = (count - 1) // cfg.STAGES % 2
     mbarrier.wait(rings.k_full.index(slot), count // cfg.STAGES % 2)
-    s = issue_scores(cfg, rings, CONSUMER, slot)
+    s = issue_scores(cfg, rings, q_slot, slot)
     operand = to_operand(cfg, p, rings.v.dtype)
     mbarrier.wait(rings.v_full.index(v_slot), v_phase)
     acc = warpgroup_mma(operand, rings.v.index(v_slot), acc, is_async=True)
@@ -314,25 +327,43 @@ def consume_tile(
 
 
 @gluon.jit
-def first_tile(cfg, batch, rings, item, CONSUMER: gl.constexpr, tile, count):
+def first_max(cfg, sinks, item, CONSUMER: gl.constexpr):
+    """Running maximum before the first tile: the sinks of the rows' heads, in powers
+    of two, or -inf.  Returns [64]"""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, cfg.S_LAYOUT)
+    if sinks is None:
+        return gl.full([CONSUMER_ROWS], float("-inf"), gl.float32, LAYOUT)
+    else:
+        rows = item.tile * cfg.BLOCK_M + CONSUMER * CONSUMER_ROWS
+        rows += gl.arange(0, CONSUMER_ROWS, LAYOUT)
+        heads = item.head_tile * cfg.PACK + rows % cfg.PACK
+        return gl.load(sinks + heads).to(gl.float32) * LOG2E
+
+
+@gluon.jit
+def first_tile(
+    cfg, batch, rings, sinks, item, CONSUMER: gl.constexpr, q_slot, tile, count
+):
     """Softmax of an item's last key tile, the only one that may reach beyond the
     sequence's end.  Returns p: [64, BLOCK_N], row_max: [64], row_sum: [64, 4]"""
     slot = count % cfg.STAGES
     phase = count // cfg.STAGES % 2
     mbarrier.wait(rings.k_full.index(slot), phase)
-    s = issue_scores(cfg, rings, CONSUMER, slot)
+    s = issue_scores(cfg, rings, q_slot, slot)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(rings.k_free.index(slot))
     s = cap_scores(cfg, batch, s)
     s = mask_scores(cfg, batch, item, s, CONSUMER * CONSUMER_ROWS, tile, cfg.UPPER)
-    LAYOUT: gl.constexpr = gl.SliceLayout(1, cfg.S_LAYOUT)
-    none = gl.full([CONSUMER_ROWS], float("-inf"), gl.float32, LAYOUT)
-    p, _, row_max = softmax_step(cfg, s, none, batch.scale_log2, True)
+    row_max = first_max(cfg, sinks, item, CONSUMER)
+    p, decay, row_max = softmax_step(cfg, s, row_max, batch.scale_log2, True)
     keys = item.seq_len - tile * cfg.BLOCK_N
     if keys < cfg.BLOCK_N:
         mbarrier.wait(rings.v_full.index(slot), phase)
         zero_rows(cfg, rings.v.index(slot), keys)
-    return carried(cfg, p, rings.v.dtype), row_max, lane_sums(cfg, p)
+    row_sum = lane_sums(cfg, p)
+    if sinks is not None:  # the sink counts once: a quarter in each of four lanes
+        row_sum += 0.25 * per_row(decay, row_sum)
+    return carried(cfg, p, rings.v.dtype), row_max, row_sum
 
 
 @gluon.jit
@@ -374,34 +405,37 @@ def store_lse(cfg, batch, lse, item, CONSUMER: gl.constexpr, row_max, row_sum):
 
 @gluon.jit
 def attend(
-    cfg, batch, rings, lse, CONSUMER: gl.constexpr, item, begin, end, count, turn
-):
+    cfg, batch, rings, lse, sinks, CONSUMER: gl.constexpr, q_slot, item, begin, end,
+    count, turn,
+):  # fmt: skip
     """A consumer's rows of an item. Returns its next item, and the count of key tiles
     used so far."""
     FIRST_ROW: gl.constexpr = CONSUMER * CONSUMER_ROWS
     full_begin, full_end = unmasked_range(cfg, batch, item, FIRST_ROW, begin, end)
-    p, row_max, row_sum = first_tile(cfg, batch, rings, item, CONSUMER, end - 1, count)
+    p, row_max, row_sum = first_tile(
+        cfg, batch, rings, sinks, item, CONSUMER, q_slot, end - 1, count
+    )
     acc = gl.zeros([CONSUMER_ROWS, cfg.PADDED], gl.float32, cfg.O_LAYOUT)
     for tile in range(end - 2, full_end - 1, -1):
         count += 1
         acc, p, row_max, row_sum = consume_tile(
-            cfg, batch, rings, item, CONSUMER, cfg.UPPER, tile, count, acc, p,
+            cfg, batch, rings, item, CONSUMER, cfg.UPPER, q_slot, tile, count, acc, p,
             row_max, row_sum,
         )  # fmt: skip
     for tile in range(full_end - 1, full_begin - 1, -1):
         count += 1
         acc, p, row_max, row_sum = consume_tile(
-            cfg, batch, rings, item, CONSUMER, 0, tile, count, acc, p,
+            cfg, batch, rings, item, CONSUMER, 0, q_slot, tile, count, acc, p,
             row_max, row_sum,
         )  # fmt: skip
     if cfg.WINDOWED:
         for tile in range(full_begin - 1, begin - 1, -1):
             count += 1
             acc, p, row_max, row_sum = consume_tile(
-                cfg, batch, rings, item, CONSUMER, MASK_LOWER, tile, count, acc, p,
-                row_max, row_sum,
+                cfg, batch, rings, item, CONSUMER, MASK_LOWER, q_slot, tile, count, acc,
+                p, row_max, row_sum,
             )  # fmt: skip
-    mbarrier.arrive(rings.q_free.index(CONSUMER))
+    mbarrier.arrive(rings.q_free.index(q_slot))
     slot = count % cfg.STAGES
     next_item = load_item(cfg, batch, turn)  # its latency passes under P.V
     mbarrier.wait(rings.v_full.index(slot), count // cfg.STAGES % 2)
@@ -431,7 +465,7 @@ def pass_over(cfg, rings, count, tiles):
 
 
 @gluon.jit
-def consumer(cfg, batch, rings, lse, CONSUMER: gl.constexpr):
+def consumer(cfg, batch, rings, lse, sinks, CONSUMER: gl.constexpr):
     FIRST_ROW: gl.constexpr = CONSUMER * CONSUMER_ROWS
     turn = 0
     count = 0  # key tiles used so far
@@ -439,14 +473,16 @@ def consumer(cfg, batch, rings, lse, CONSUMER: gl.constexpr):
     while item.seq >= 0:
         begin, end = tile_range(cfg, batch, item)
         first_token = (item.tile * cfg.BLOCK_M + FIRST_ROW) // cfg.PACK
-        mbarrier.wait(rings.q_full.index(CONSUMER), turn % 2)
+        q_slot = query_slot(cfg, CONSUMER, turn)
+        mbarrier.wait(rings.q_full.index(q_slot), turn // cfg.Q_STAGES % 2)
         turn += 1
         if first_token < item.query_len:
             item, count = attend(
-                cfg, batch, rings, lse, CONSUMER, item, begin, end, count, turn
-            )
+                cfg, batch, rings, lse, sinks, CONSUMER, q_slot, item, begin, end,
+                count, turn,
+            )  # fmt: skip
         else:
-            mbarrier.arrive(rings.q_free.index(CONSUMER))
+            mbarrier.arrive(rings.q_free.index(q_slot))
             count = pass_over(cfg, rings, count, end - begin)
             item = load_item(cfg, batch, turn)
 
@@ -463,6 +499,7 @@ def hopper_prefill_kernel(
     v_desc,  # like k_desc
     output,
     lse,
+    sinks,
     work,
     block_table,
     output_token_stride,
@@ -487,11 +524,12 @@ def hopper_prefill_kernel(
     SOFTCAP: gl.constexpr,
     NARROW_P: gl.constexpr,
     ROW_BLOCK: gl.constexpr,
+    Q_STAGES: gl.constexpr,
 ):
     BOX: gl.constexpr = k_desc.block_shape[1]
     cfg = Config(
         HEAD_SIZE, BLOCK_N, PAGE, BOX, GROUP, PACK, HEAD_TILES, CONSUMERS, STAGES,
-        CAUSAL, WINDOWED, WIDE_WINDOW, SOFTCAP, NARROW_P, ROW_BLOCK,
+        CAUSAL, WINDOWED, WIDE_WINDOW, SOFTCAP, NARROW_P, ROW_BLOCK, Q_STAGES,
     )  # fmt: skip
     batch = Batch(
         output, output_token_stride, output_head_stride, work, max_items, long_seq,
@@ -503,8 +541,8 @@ def hopper_prefill_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consumer, (cfg, batch, rings, lse, 0)),
-                (consumer, (cfg, batch, rings, lse, 1)),
+                (consumer, (cfg, batch, rings, lse, sinks, 0)),
+                (consumer, (cfg, batch, rings, lse, sinks, 1)),
                 (producer, (cfg, batch, rings, q_desc, k_desc, v_desc)),
             ],
             [4, 1],
@@ -513,9 +551,9 @@ def hopper_prefill_kernel(
     else:
         gl.warp_specialize(
             [
-                (consumer, (cfg, batch, rings, lse, 0)),
-                (consumer, (cfg, batch, rings, lse, 1)),
-                (consumer, (cfg, batch, rings, lse, 2)),
+                (consumer, (cfg, batch, rings, lse, sinks, 0)),
+                (consumer, (cfg, batch, rings, lse, sinks, 1)),
+                (consumer, (cfg, batch, rings, lse, sinks, 2)),
                 (producer, (cfg, batch, rings, q_desc, k_desc, v_desc)),
             ],
             [4, 4, 1],

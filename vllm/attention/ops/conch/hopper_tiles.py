@@ -89,6 +89,7 @@ class Config:
     SOFTCAP: gl.constexpr
     NARROW_P: gl.constexpr
     ROW_BLOCK: gl.constexpr
+    Q_STAGES: gl.constexpr
     BLOCK_M: gl.constexpr
     S_LAYOUT: gl.constexpr
     O_LAYOUT: gl.constexpr
@@ -114,6 +115,7 @@ class Config:
         softcap,
         narrow_p,
         row_block,
+        q_stages,
     ):
         padded = padded_head(head_size)
         self.HEAD_SIZE = gl.constexpr(head_size)
@@ -139,6 +141,7 @@ class Config:
         self.SOFTCAP = gl.constexpr(softcap)
         self.NARROW_P = gl.constexpr(narrow_p)
         self.ROW_BLOCK = gl.constexpr(row_block)
+        self.Q_STAGES = gl.constexpr(q_stages)
         self.BLOCK_M = gl.constexpr(64 * consumers)
         self.S_LAYOUT = gl.constexpr(wgmma_layout(block_n))
         self.O_LAYOUT = gl.constexpr(wgmma_layout(padded))
@@ -197,7 +200,7 @@ class Batch:
 class Rings:
     """Shared memory, and the barriers that say full or free."""
 
-    q: gl.shared_memory_descriptor  # [CONSUMERS, 64, PADDED]
+    q: gl.shared_memory_descriptor  # [Q_STAGES * CONSUMERS, 64, PADDED]
     k: gl.shared_memory_descriptor  # [STAGES, BLOCK_N, PADDED]
     v: gl.shared_memory_descriptor  # [STAGES, BLOCK_N, PADDED]
     q_full: gl.shared_memory_descriptor
@@ -253,13 +256,14 @@ def make_barriers(NUM: gl.constexpr, ARRIVALS: gl.constexpr):
 @gluon.jit
 def make_rings(cfg, dtype: gl.constexpr):
     kv_shape: gl.constexpr = [cfg.STAGES, cfg.BLOCK_N, cfg.PADDED]
-    q_shape: gl.constexpr = [cfg.CONSUMERS, CONSUMER_ROWS, cfg.PADDED]
+    QUERIES: gl.constexpr = cfg.Q_STAGES * cfg.CONSUMERS
+    q_shape: gl.constexpr = [QUERIES, CONSUMER_ROWS, cfg.PADDED]
     return Rings(
         gl.allocate_shared_memory(dtype, q_shape, cfg.KV_LAYOUT),
         gl.allocate_shared_memory(dtype, kv_shape, cfg.KV_LAYOUT),
         gl.allocate_shared_memory(dtype, kv_shape, cfg.KV_LAYOUT),
-        make_barriers(cfg.CONSUMERS, 1),
-        make_barriers(cfg.CONSUMERS, 1),
+        make_barriers(QUERIES, 1),
+        make_barriers(QUERIES, 1),
         make_barriers(cfg.STAGES, 1),
         make_barriers(cfg.STAGES, cfg.CONSUMERS),
         make_barriers(cfg.STAGES, 1),

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What only callers of the Hopper prefill kernel itself can ask for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.kernels.attention.conch_harness import (  # noqa: F401
+    DEVICE,
+    ON_GPU,
+    Batch,
+    assert_close,
+    make_batch,
+    poisoned_scratch,
+)
+from tests.kernels.attention.conch_reference import (
+    SENTINEL,
+    Attention,
+    lse_tolerance,
+    output_tolerance,
+)
+from vllm.attention.ops.conch import hopper_prefill
+
+on_hopper = pytest.mark.skipif(
+    not (ON_GPU and hopper_prefill.is_available(torch.device("cuda", 0))),
+    reason="needs a Hopper GPU and a Triton that the kernel is written for",
+)
+# Queries longer and shorter than a tile; rows before the first key see nothing.
+LENGTHS = [(129, 1000), (300, 301), (5, 700), (1, 1), (200, 40)]
+
+
+def make_work(batch: Batch, block_m: int) -> torch.Tensor:
+    """A work list of all query tiles, and what ends it."""
+    starts, seq_lens = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+    items = []
+    for seq, seq_len in enumerate(seq_lens):
+        query_len = starts[seq + 1] - starts[seq]
+        for tile in range(-(-query_len // block_m)):
+            items.append([seq, tile, starts[seq], query_len, seq_len, 0, 0, 0])
+    return torch.tensor([*items, [-1] * 8], dtype=torch.int32, device=DEVICE)
+
+
+def attend(
+    batch: Batch, sinks: torch.Tensor | None, q_stages: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and LSE of all rows."""
+    head_size = batch.query.shape[2]
+    config = hopper_prefill.CONFIGS[head_size]
+    output = torch.full_like(batch.query, SENTINEL)
+    lse = torch.full(batch.query.shape[:2], SENTINEL, device=DEVICE)
+    hopper_prefill.hopper_prefill(
+        batch.query,
+        batch.key_cache,
+        batch.value_cache,
+        output,
+        batch.block_table,
+        make_work(batch, config.block_m),
+        pack=1,
+        scale=batch.scale,
+        causal=batch.causal,
+        sliding_window=batch.sliding_window,
+        softcap=batch.softcap,
+        output_lse=lse,
+        sinks=sinks,
+        config=replace(config, q_stages=q_stages),
+    )
+    return output, lse
+
+
+def with_sinks(reference: Attention, sinks: torch.Tensor) -> Attention:
+    """The result with exp(sink) more in the sum of a row's exponentials."""
+    lse = torch.logaddexp(reference.lse, sinks.double())
+    share = (reference.lse - lse).exp()  # that the keys keep
+    scaled = {
+        name: tensor * share.unsqueeze(-1)
+        for name, tensor in reference._asdict().items()
+        if tensor.dim() == 3
+    }
+    drift = reference.lse_drift * share + sinks.double().abs() + 1
+    return reference._replace(lse=lse, lse_drift=drift, **scaled)
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    "options, q_stages, sink_dtype",
+    [
+        ({"head_size": 64}, 1, torch.float32),
+        ({"head_size": 64, "sliding_window": 128}, 2, torch.bfloat16),
+        ({"head_size": 128}, 2, torch.float16),
+        ({"head_size": 128, "sliding_window": 300}, 2, None),
+        ({"head_size": 256, "causal": False}, 1, torch.float32),
+    ],
+    ids=str,
+)
+def test_sinks_and_query_stages(options, q_stages, sink_dtype):
+    batch = make_batch(
+        LENGTHS, num_query_heads=8, dtype=torch.bfloat16, block_size=32, **options
+    )
+    sinks = None
+    if sink_dtype is not None:
+        sinks = torch.linspace(-3, 6, 8, device=DEVICE).to(sink_dtype)
+    output, lse = attend(batch, sinks, q_stages)
+    live = batch.num_live_tokens
+    assert bool((output[live:] == SENTINEL).all())
+    assert bool((lse[live:] == SENTINEL).all())
+    reference = Attention(*(t[:live] for t in batch.reference()))
+    if sinks is not None:
+        reference = with_sinks(reference, sinks)
+    truncated_sums = max(seq_len for _, seq_len in LENGTHS) // 16
+    allowed = output_tolerance(reference, torch.bfloat16, truncated_sums)
+    assert_close("output", output[:live], reference.output, allowed)
+    assert_close("LSE", lse[:live], reference.lse, lse_tolerance(reference))
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda sinks: sinks[:-1], r"sinks has shape \(7,\); it must be \(8,\)"),
+        (lambda sinks: sinks[None], r"sinks has shape \(1, 8\)"),
+        (torch.Tensor.double, "sinks is torch.float64"),
+        (torch.Tensor.int, "sinks is torch.int32"),
+        (lambda sinks: sinks.to("meta"), "sinks is on meta"),
+        (lambda sinks: torch.stack([sinks, sinks], 1)[:, 0], "sinks has stride 2"),
+    ],
+)
+def test_bad_sinks(spoil, message):
+    query = torch.zeros(3, 8, 64, dtype=torch.bfloat16)
+    sinks = torch.zeros(8)
+    hopper_prefill.check_sinks(sinks, query)
+    with pytest.raises(ValueError, match=message):
+        hopper_prefill.check_sinks(spoil(sinks), query)
