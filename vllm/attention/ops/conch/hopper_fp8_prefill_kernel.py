@@ -238,7 +238,9 @@ def make_rings(cfg, dtype: gl.constexpr):
         gl.allocate_shared_memory(
             dtype, [cfg.STAGES, cfg.BLOCK_N, cfg.PADDED], cfg.KV_LAYOUT
         ),
-        gl.allocate_shared_memory(dtype, [SLOTS, cfg.BLOCK_N, cfg.PANEL], cfg.KV_LAYOUT),
+        gl.allocate_shared_memory(
+            dtype, [SLOTS, cfg.BLOCK_N, cfg.PANEL], cfg.KV_LAYOUT
+        ),
         gl.allocate_shared_memory(dtype, [SLOTS, cfg.PANEL, cfg.BLOCK_N], cfg.T_LAYOUT),
         make_barriers(cfg.CONSUMERS, 1),
         make_barriers(cfg.CONSUMERS, 1),
@@ -510,7 +512,7 @@ def scores(
 
 @gluon.jit
 def add_output(cfg, acc, decay, pv):
-    """acc * decay + pv.  acc, pv: [64, PANEL], decay: [64]"""
+    """Returns acc * decay + pv.  acc, pv: [64, PANEL], decay: [64]"""
     decay = gl.convert_layout(decay, gl.SliceLayout(1, cfg.O_LAYOUT))
     return acc * gl.expand_dims(decay, 1) + pv
 
@@ -789,7 +791,7 @@ def hopper_fp8_prefill_kernel(
         scale_log2 *= score_scale
     else:
         cap_scale *= score_scale
-    out_scale = 1.0 * load_scale(v_scale) + gl.to_tensor(0.0)
+    out_scale = gl.to_tensor(load_scale(v_scale))
     batch = Batch(
         output, output_token_stride, output_head_stride, work, max_items, long_seq,
         block_table, block_table_stride, scale_log2, cap_scale, window,
