@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The Gluon kernel of `hopper_fp8_prefill`: Q, K, V and probabilities in fp8 e4m3.
+"""The Gluon kernel of `hopper_fp8_prefill`: Q, K, V and probabilities in fp8 e4m3. One
+producer warp, two transposing warps, two or three consumer warpgroups, persistent over
+a work list.
 
-Like `hopper_prefill_kernel`, it has a producer warp and consumer warpgroups of 64 rows
-each, persistent over a work list. What 8 bits change:
+Every consumer owns 64 rows of a query tile and keeps their scores, probabilities and
+output in registers. Its loop over key tiles, last tile first, does one thing after the
+other: Q.K, softmax, P.V. The tensor cores work on one consumer's products while another
+one takes exponentials. Q.K of a tile beside P.V of the tile before it, as in
+`hopper_prefill_kernel`, gained nothing with two consumers, and leaves no registers for
+a third. The producer follows the block table and feeds K and V through two rings of
+shared memory with TMA, already for the next item while this one is being finished.
+
+What 8 bits change:
 
 The tensor cores take 8-bit operands only with the summed index contiguous. For P.V that
 is the keys, while a cache has the head dimension contiguous, so two more warps turn
@@ -56,7 +65,10 @@ P_SHIFT = gl.constexpr(8.0)
 # Keys that the transposing warps hold in registers at a time.
 TURNED_KEYS = gl.constexpr(16)
 TURNING_WARPS = gl.constexpr(2)
-CONSUMER_REGISTERS = gl.constexpr(240)
+# Of a thread of two consumers, of three, and of the other warps; the first of three
+# gets what they leave, 168.
+TWO_CONSUMERS_REGISTERS = gl.constexpr(240)
+THREE_CONSUMERS_REGISTERS = gl.constexpr(160)
 WORKER_REGISTERS = gl.constexpr(24)
 
 
@@ -114,7 +126,6 @@ class Config:
     HEAD_TILES: gl.constexpr
     CONSUMERS: gl.constexpr
     STAGES: gl.constexpr
-    OVERLAP: gl.constexpr
     CAUSAL: gl.constexpr
     WINDOWED: gl.constexpr
     UPPER: gl.constexpr
@@ -143,7 +154,6 @@ class Config:
         head_tiles,
         consumers,
         stages,
-        overlap,
         causal,
         windowed,
         wide_window,
@@ -165,7 +175,6 @@ class Config:
         self.HEAD_TILES = gl.constexpr(head_tiles)
         self.CONSUMERS = gl.constexpr(consumers)
         self.STAGES = gl.constexpr(stages)
-        self.OVERLAP = gl.constexpr(overlap)
         self.CAUSAL = gl.constexpr(causal)
         self.WINDOWED = gl.constexpr(windowed)
         # How to mask the first tiles of an item: no row's window begins in them if it
@@ -439,8 +448,7 @@ def pack_probabilities(cfg, p):
     """Probabilities in e4m3, four to a word, as the operand of P.V has them: of 16
     columns of the accumulator, a thread's 8h + 2t + e make its word t.
 
-    p: [64, BLOCK_N] fp32, returns [64, BLOCK_N / 4] int32. Words go around the loop:
-    bytes would be unpacked and packed there.
+    p: [64, BLOCK_N] fp32, returns [64, BLOCK_N / 4] int32.
     """
     p = p.reshape([CONSUMER_ROWS, cfg.BLOCK_N // 16, 2, 4, 2])
     low, high = gl.split(p.permute((0, 1, 3, 4, 2)))
@@ -463,17 +471,12 @@ def pack_probabilities(cfg, p):
 
 
 @gluon.jit
-def to_operand(cfg, batch, words):
+def to_operand(cfg, words):
     """Words as the left operand of P.V: renamed, not moved.
 
     words: [64, BLOCK_N / 4] int32, returns [64, BLOCK_N] fp8
     """
     none = gl.zeros_like(words)
-    if cfg.OVERLAP:
-        # A zero that the compiler does not know. Without an instruction between them,
-        # ptxas gives the next words, packed while P.V runs, the registers that P.V
-        # reads, and for that makes all matrix products synchronous.
-        none += gl.minimum(batch.block_table_stride, 0)
     words = gl.join(gl.join(words, none), gl.join(none, none))
     words = words.reshape([CONSUMER_ROWS, cfg.BLOCK_N])
     p = gl.inline_asm_elementwise(
@@ -518,10 +521,13 @@ def add_output(cfg, acc, decay, pv):
 
 
 @gluon.jit
-def finish_tile(cfg, batch, rings, acc, words, decay, count):
-    """P.V of a tile, its scores done.  acc: PANELS times [64, PANEL]"""
+def weigh_values(cfg, rings, acc, p, decay, count):
+    """P.V of a tile, added to what was summed before, times decay.
+
+    acc: PANELS times [64, PANEL], p: [64, BLOCK_N] fp32, decay: [64]
+    """
     slot = count % cfg.STAGES
-    operand = to_operand(cfg, batch, words)
+    operand = to_operand(cfg, pack_probabilities(cfg, p))
     mbarrier.wait(rings.t_full.index(slot), count // cfg.STAGES % 2)
     new = ()
     for panel in gl.static_range(cfg.PANELS):
@@ -534,73 +540,50 @@ def finish_tile(cfg, batch, rings, acc, words, decay, count):
 
 
 @gluon.jit
-def consume_tile(
-    cfg, batch, rings, item, CONSUMER: gl.constexpr, MASK: gl.constexpr,
-    tile, count, acc, words, decay, row_max, row_sum,
+def weigh_keys(
+    cfg, batch, rings, item, CONSUMER: gl.constexpr, MASK: gl.constexpr, tile, count,
+    row_max,
 ):  # fmt: skip
-    """One tile further.
-
-    OVERLAP: S of tile `tile` beside P.V of the tile before, then the softmax of S. acc
-    is without the last tile, words and decay are of the last tile. Else acc is whole
-    and words unused.
-
-    acc: PANELS times [64, PANEL], words: [64, BLOCK_N / 4], decay, row_max: [64],
-    row_sum: [64, 4].
-    """
-    slot = count % cfg.STAGES
-    phase = count // cfg.STAGES % 2
-    if cfg.OVERLAP:
-        operand = to_operand(cfg, batch, words)
-    mbarrier.wait(rings.k_full.index(slot), phase)
-    s = issue_scores(cfg, rings, CONSUMER, slot)
-    if cfg.OVERLAP:
-        t_slot = (count - 1) % cfg.STAGES
-        t_phase = (count - 1) // cfg.STAGES % 2
-        mbarrier.wait(rings.t_full.index(t_slot), t_phase)
-        pv = issue_output(cfg, rings, operand, t_slot)
-        s = warpgroup_mma_wait(1, deps=[s])
-        mbarrier.arrive(rings.k_free.index(slot))
-        p, new_decay, row_max = scores(
-            cfg, batch, rings, item, CONSUMER, MASK, tile, s, row_max
-        )
-        row_sum = row_sum * per_row(new_decay, row_sum) + lane_sums(cfg, p)
-        new_words = pack_probabilities(cfg, p)
-        # Passed long ago. It ends the basic block: ptxas would otherwise move the wait
-        # for P.V in front of the exponentials that are to run under it.
-        mbarrier.wait(rings.t_full.index(t_slot), t_phase)
-        pv = warpgroup_mma_wait(0, deps=[pv])
-        mbarrier.arrive(rings.t_free.index(t_slot))
-        acc = (add_output(cfg, acc[0], decay, pv),)
-        return acc, new_words, new_decay, row_max, row_sum
-    else:
-        s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(rings.k_free.index(slot))
-        p, decay, row_max = scores(
-            cfg, batch, rings, item, CONSUMER, MASK, tile, s, row_max
-        )
-        row_sum = row_sum * per_row(decay, row_sum) + lane_sums(cfg, p)
-        acc = finish_tile(
-            cfg, batch, rings, acc, pack_probabilities(cfg, p), decay, count
-        )
-        return acc, words, decay, row_max, row_sum
-
-
-@gluon.jit
-def first_tile(cfg, batch, rings, item, CONSUMER: gl.constexpr, tile, count):
-    """Softmax of an item's last key tile, the only one that may reach beyond the
-    sequence's end.  Returns words: [64, BLOCK_N / 4], decay: [64], row_max: [64],
-    row_sum: [64, 4]"""
+    """Q.K of a tile, and its softmax; returns as `softmax_step`.  row_max: [64]"""
     slot = count % cfg.STAGES
     mbarrier.wait(rings.k_full.index(slot), count // cfg.STAGES % 2)
     s = issue_scores(cfg, rings, CONSUMER, slot)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(rings.k_free.index(slot))
-    LAYOUT: gl.constexpr = gl.SliceLayout(1, cfg.S_LAYOUT)
-    none = gl.full([CONSUMER_ROWS], float("-inf"), gl.float32, LAYOUT)
-    p, decay, row_max = scores(
-        cfg, batch, rings, item, CONSUMER, cfg.UPPER, tile, s, none
+    return scores(cfg, batch, rings, item, CONSUMER, MASK, tile, s, row_max)
+
+
+@gluon.jit
+def first_tile(cfg, batch, rings, item, CONSUMER: gl.constexpr, tile, count):
+    """State after an item's last key tile, the only one that may reach beyond the
+    sequence's end.  Returns acc: PANELS times [64, PANEL], row_max: [64],
+    row_sum: [64, 4]"""
+    none = gl.full(
+        [CONSUMER_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, cfg.S_LAYOUT)
     )
-    return pack_probabilities(cfg, p), decay, row_max, lane_sums(cfg, p)
+    p, decay, row_max = weigh_keys(
+        cfg, batch, rings, item, CONSUMER, cfg.UPPER, tile, count, none
+    )
+    acc = ()
+    for _ in gl.static_range(cfg.PANELS):
+        zero = gl.zeros([CONSUMER_ROWS, cfg.PANEL], gl.float32, cfg.O_LAYOUT)
+        acc = acc + (zero,)  # type: ignore
+    acc = weigh_values(cfg, rings, acc, p, decay, count)
+    return acc, row_max, lane_sums(cfg, p)
+
+
+@gluon.jit
+def consume_tile(
+    cfg, batch, rings, item, CONSUMER: gl.constexpr, MASK: gl.constexpr,
+    tile, count, acc, row_max, row_sum,
+):  # fmt: skip
+    """State after one tile more; as `first_tile` returns it."""
+    p, decay, row_max = weigh_keys(
+        cfg, batch, rings, item, CONSUMER, MASK, tile, count, row_max
+    )
+    row_sum = row_sum * per_row(decay, row_sum) + lane_sums(cfg, p)
+    acc = weigh_values(cfg, rings, acc, p, decay, count)
+    return acc, row_max, row_sum
 
 
 @gluon.jit
@@ -655,39 +638,29 @@ def attend(
     used so far."""
     FIRST_ROW: gl.constexpr = CONSUMER * CONSUMER_ROWS
     full_begin, full_end = unmasked_range(cfg, batch, item, FIRST_ROW, begin, end)
-    words, decay, row_max, row_sum = first_tile(
+    acc, row_max, row_sum = first_tile(
         cfg, batch, rings, item, CONSUMER, end - 1, count
     )
-    acc = ()
-    for _ in gl.static_range(cfg.PANELS):
-        zero = gl.zeros([CONSUMER_ROWS, cfg.PANEL], gl.float32, cfg.O_LAYOUT)
-        acc = acc + (zero,)  # type: ignore
-    if not cfg.OVERLAP:
-        acc = finish_tile(cfg, batch, rings, acc, words, decay, count)
-        words = 0
     for tile in range(end - 2, full_end - 1, -1):
         count += 1
-        acc, words, decay, row_max, row_sum = consume_tile(
-            cfg, batch, rings, item, CONSUMER, cfg.UPPER, tile, count, acc, words,
-            decay, row_max, row_sum,
+        acc, row_max, row_sum = consume_tile(
+            cfg, batch, rings, item, CONSUMER, cfg.UPPER, tile, count, acc, row_max,
+            row_sum,
         )  # fmt: skip
     for tile in range(full_end - 1, full_begin - 1, -1):
         count += 1
-        acc, words, decay, row_max, row_sum = consume_tile(
-            cfg, batch, rings, item, CONSUMER, 0, tile, count, acc, words, decay,
-            row_max, row_sum,
-        )  # fmt: skip
+        acc, row_max, row_sum = consume_tile(
+            cfg, batch, rings, item, CONSUMER, 0, tile, count, acc, row_max, row_sum
+        )
     if cfg.WINDOWED:
         for tile in range(full_begin - 1, begin - 1, -1):
             count += 1
-            acc, words, decay, row_max, row_sum = consume_tile(
+            acc, row_max, row_sum = consume_tile(
                 cfg, batch, rings, item, CONSUMER, MASK_LOWER, tile, count, acc,
-                words, decay, row_max, row_sum,
+                row_max, row_sum,
             )  # fmt: skip
     mbarrier.arrive(rings.q_free.index(CONSUMER))
-    next_item = load_item(cfg, batch, turn)  # its latency passes under P.V
-    if cfg.OVERLAP:
-        acc = finish_tile(cfg, batch, rings, acc, words, decay, count)
+    next_item = load_item(cfg, batch, turn)
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, cfg.S_LAYOUT))
     factor = gl.where(row_sum > 0.0, v_scale / row_sum, 0.0)
     store_rows(cfg, batch, item, FIRST_ROW, acc, factor)
@@ -774,7 +747,6 @@ def hopper_fp8_prefill_kernel(
     HEAD_TILES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr,
     CAUSAL: gl.constexpr,
     WINDOWED: gl.constexpr,
     WIDE_WINDOW: gl.constexpr,
@@ -784,7 +756,7 @@ def hopper_fp8_prefill_kernel(
     BOX: gl.constexpr = k_desc.block_shape[1]
     cfg = Config(
         HEAD_SIZE, BLOCK_N, PAGE, BOX, GROUP, PACK, HEAD_TILES, CONSUMERS, STAGES,
-        OVERLAP, CAUSAL, WINDOWED, WIDE_WINDOW, SOFTCAP, ROW_BLOCK,
+        CAUSAL, WINDOWED, WIDE_WINDOW, SOFTCAP, ROW_BLOCK,
     )  # fmt: skip
     score_scale = load_scale(q_scale) * load_scale(k_scale)
     if SOFTCAP is None:
@@ -797,8 +769,6 @@ def hopper_fp8_prefill_kernel(
         block_table, block_table_stride, scale_log2, cap_scale, window,
     )  # fmt: skip
     rings = make_rings(cfg, k_desc.dtype)
-    # Registers a thread lane: four warpgroups share 512, the last has the transposing
-    # warps and the producer.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
@@ -808,7 +778,7 @@ def hopper_fp8_prefill_kernel(
                 (producer, (cfg, batch, rings, q_desc, k_desc, v_desc)),
             ],
             [4, TURNING_WARPS, 1],
-            [CONSUMER_REGISTERS, WORKER_REGISTERS, WORKER_REGISTERS],
+            [TWO_CONSUMERS_REGISTERS, WORKER_REGISTERS, WORKER_REGISTERS],
         )
     else:
         gl.warp_specialize(
@@ -820,5 +790,10 @@ def hopper_fp8_prefill_kernel(
                 (producer, (cfg, batch, rings, q_desc, k_desc, v_desc)),
             ],
             [4, 4, TURNING_WARPS, 1],
-            [160, 160, WORKER_REGISTERS, WORKER_REGISTERS],
+            [
+                THREE_CONSUMERS_REGISTERS,
+                THREE_CONSUMERS_REGISTERS,
+                WORKER_REGISTERS,
+                WORKER_REGISTERS,
+            ],
         )

@@ -13,10 +13,11 @@ import torch
 
 from vllm.triton_utils import triton
 
-from . import hopper_prefill
+from . import hopper_fp8_prefill, hopper_prefill
 from .checks import reject
 
 QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+QUERY_FP8_DTYPE = torch.float8_e4m3fn  # over a cache of the same
 KV_FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 HEAD_SIZES = range(16, 513)
 BLOCK_SIZE_MULTIPLE = 16
@@ -57,6 +58,13 @@ class Shape(NamedTuple):
         return max(16, triton.next_power_of_2(self.head_size))
 
 
+def kv_dtypes_for(query_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Dtypes of the caches that queries of this dtype can attend to."""
+    if query_dtype == QUERY_FP8_DTYPE:
+        return (QUERY_FP8_DTYPE,)
+    return (query_dtype, *KV_FP8_DTYPES)
+
+
 def check_layer_shape(shape: Shape) -> None:
     """ValueErrors of a shape that no kernel takes."""
     if shape.num_kv_heads < 1:
@@ -70,9 +78,10 @@ def check_layer_shape(shape: Shape) -> None:
     if shape.block_size < 1 or shape.block_size % BLOCK_SIZE_MULTIPLE:
         allowed = f"a multiple of {BLOCK_SIZE_MULTIPLE}"
         reject("block_size", shape.block_size, allowed)
-    if shape.query_dtype not in QUERY_DTYPES:
-        reject("query_dtype", shape.query_dtype, ", ".join(map(str, QUERY_DTYPES)))
-    kv_dtypes = (shape.query_dtype, *KV_FP8_DTYPES)
+    query_dtypes = (*QUERY_DTYPES, QUERY_FP8_DTYPE)
+    if shape.query_dtype not in query_dtypes:
+        reject("query_dtype", shape.query_dtype, ", ".join(map(str, query_dtypes)))
+    kv_dtypes = kv_dtypes_for(shape.query_dtype)
     if shape.kv_dtype not in kv_dtypes:
         reject("kv_dtype", shape.kv_dtype, ", ".join(map(str, kv_dtypes)))
 
@@ -101,9 +110,12 @@ class Config:
 @dataclass(frozen=True)
 class AttentionPlan:
     decode: Config
-    prefill: Config  # the portable kernel's, with the same rows as Hopper's
+    prefill: Config  # the portable kernel's
     prefill_pack: int  # query heads in a tile of prefill rows
-    hopper: bool  # the Hopper kernel does prefills, where strides allow
+    prefill_rows: int  # of a prefill item: one or more tiles of the portable kernel
+    # "16-bit" or "fp8": that Hopper kernel does prefills, where strides and options
+    # allow.
+    hopper: str | None
     num_workers: int  # programs of the decode kernel, all resident at once
 
 
@@ -211,13 +223,13 @@ def avoids_wgmma(shape: Shape, device: Device) -> bool:
     With operands that are converted in registers, from fp8 here and by tf32x3 in
     fp32, Triton 3.6's wgmma gave wrong results and illegal accesses on an H200.
     """
-    return device.arch == 90 and shape.kv_dtype != shape.query_dtype
+    return device.arch == 90 and shape.kv_dtype in KV_FP8_DTYPES
 
 
 def plan_prefill_hopper(shape: Shape) -> Config:
     """Measured on an H200 at 8k tokens, causal, bf16."""
     wide = shape.head_padded
-    if shape.kv_dtype != shape.query_dtype:
+    if shape.kv_dtype in KV_FP8_DTYPES:
         return Config(32, 64 if wide <= 128 else 32, 4 if wide <= 128 else 8, 3)
     if wide <= 64:
         # 369 TFLOP/s with pages of 128 and 378 with 16; 128 rows: 359 and 358.
@@ -229,6 +241,25 @@ def plan_prefill_hopper(shape: Shape) -> Config:
         # 441 TFLOP/s with pages of 128 and 463 with 16; two stages: 440 and 443.
         return Config(128, 64, 8, 3)
     return Config(64, 32, 8, 2)
+
+
+def hopper_kernel(shape: Shape, device: Device) -> str | None:
+    """The Hopper kernel for prefills of this shape, as `AttentionPlan.hopper`."""
+    available = (
+        device.backend == "cuda"
+        and device.arch == 90
+        and triton.__version__.startswith(hopper_prefill.TRITON_VERSIONS)
+    )
+    modules = {"16-bit": hopper_prefill, "fp8": hopper_fp8_prefill}
+    for name, module in modules.items() if available else ():
+        if module.supports(
+            head_size=shape.head_size,
+            block_size=shape.block_size,
+            query_dtype=shape.query_dtype,
+            kv_dtype=shape.kv_dtype,
+        ):
+            return name
+    return None
 
 
 @cache
@@ -243,27 +274,20 @@ def make_plan(
         max_query_len: longest query of a decode.
         portable: leave out kernels made for one architecture.
     """
-    hopper = (
-        not portable
-        and device.backend == "cuda"
-        and device.arch == 90
-        and triton.__version__.startswith(hopper_prefill.TRITON_VERSIONS)
-        and hopper_prefill.supports(
-            head_size=shape.head_size,
-            block_size=shape.block_size,
-            query_dtype=shape.query_dtype,
-            kv_dtype=shape.kv_dtype,
-        )
-    )
+    hopper = None if portable else hopper_kernel(shape, device)
     prefill, pack = plan_prefill(shape, device), shape.group
-    if hopper:
+    rows = prefill.block_m
+    if hopper is not None:
         pack = hopper_prefill.packed_heads(shape.group)
-        rows = hopper_prefill.CONFIGS[shape.head_padded].block_m
+        module = hopper_fp8_prefill if hopper == "fp8" else hopper_prefill
+        rows = module.CONFIGS[max(64, shape.head_padded)].block_m
+    if hopper == "16-bit":
         prefill = replace(prefill, block_m=rows)
     return AttentionPlan(
         decode=plan_decode(shape, device, max_query_len),
         prefill=prefill,
         prefill_pack=pack,
+        prefill_rows=rows,
         hopper=hopper,
         num_workers=2 * device.num_units,
     )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import hopper_prefill
+from . import hopper_fp8_prefill, hopper_prefill
 from .checks import (
     TensorSpec,
     check_device,
@@ -27,8 +27,10 @@ from .plan import (
     BLOCK_SIZE_MULTIPLE,
     HEAD_SIZES,
     QUERY_DTYPES,
+    QUERY_FP8_DTYPE,
     AttentionPlan,
     Shape,
+    kv_dtypes_for,
     unsupported_kv_dtype,
 )
 from .prefill import prefill_kernel
@@ -43,11 +45,11 @@ FEATURES = (
     "prefix_lens",
     "output_scale",
 )
-OPTIONAL = ("k_scale", "v_scale", "output_lse", *FEATURES)
+OPTIONAL = ("q_scale", "k_scale", "v_scale", "output_lse", *FEATURES)
 # What is indexed by the sequence, and so may be longer than the batch.
 PER_SEQUENCE = ("causal", "mm_prefix_range", "prefix_lens")
-# What the Hopper prefill kernel does not take.
-PORTABLE = ("k_scale", "v_scale", *FEATURES)
+# What the Hopper prefill kernels do not take.
+PORTABLE = {"16-bit": ("q_scale", "k_scale", "v_scale", *FEATURES), "fp8": FEATURES}
 
 
 class Options(NamedTuple):
@@ -73,7 +75,7 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
     query, key_cache = specs["query"], specs["key_cache"]
     rows = ("num_tokens", "num_query_heads", "head_size")
     check_shape("query", query, rows, (None, None, None))
-    check_dtype("query", query, QUERY_DTYPES)
+    check_dtype("query", query, (*QUERY_DTYPES, QUERY_FP8_DTYPE))
     _, num_query_heads, head_size = query.shape
     if head_size not in HEAD_SIZES:
         allowed = f"{HEAD_SIZES.start} to {HEAD_SIZES.stop - 1}"
@@ -81,6 +83,8 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
     check_shape("output", specs["output"], rows, query.shape)
     if "output_scale" in specs:
         check_dtype("output", specs["output"], FP8_DTYPES, "output_scale needs fp8.")
+    elif query.dtype == QUERY_FP8_DTYPE:
+        check_dtype("output", specs["output"], QUERY_DTYPES, "Or pass output_scale.")
     else:
         advice = "It needs query's dtype, or an output_scale."
         check_dtype("output", specs["output"], (query.dtype,), advice)
@@ -92,7 +96,7 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
     )
     check_shape("key_cache", key_cache, pages, (None, None, None, head_size), advice)
     advice = "View a cache of bytes with cache.view(torch.float8_e4m3fn)."
-    check_dtype("key_cache", key_cache, (query.dtype, *FP8_DTYPES), advice)
+    check_dtype("key_cache", key_cache, kv_dtypes_for(query.dtype), advice)
     _, block_size, num_kv_heads, _ = key_cache.shape
     if block_size == 0 or block_size % BLOCK_SIZE_MULTIPLE:
         allowed = f"a multiple of {BLOCK_SIZE_MULTIPLE}"
@@ -132,7 +136,7 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
         check_integers("mm_prefix_range", specs, ("num_seqs", "num_ranges", "2"))
     if "prefix_lens" in specs:
         check_integers("prefix_lens", specs, ("num_seqs",))
-    for name in ("k_scale", "v_scale", "output_scale"):
+    for name in ("q_scale", "k_scale", "v_scale", "output_scale"):
         if spec := specs.get(name):
             check_scale(name, spec, "query", query)
     for name, spec in specs.items():
@@ -246,6 +250,12 @@ def reads_pairs(query: TensorSpec, value_cache: TensorSpec, odd: bool) -> bool:
     )
 
 
+def strides_suit_tma(spec: TensorSpec) -> bool:
+    """Whether TMA, which steps in units of 16 bytes, can read it."""
+    width = spec.dtype.itemsize
+    return all(stride * width % 16 == 0 for stride in spec.strides[:-1])
+
+
 def is_aligned(*tensors: torch.Tensor) -> bool:
     """Whether TMA can read them: it addresses units of 16 bytes."""
     return not any(tensor.data_ptr() % 16 for tensor in tensors)
@@ -256,7 +266,7 @@ class Launches(NamedTuple):
 
     decode: Launch
     prefill: Launch
-    hopper: bool  # strides and options suit the Hopper prefill kernel
+    hopper: bool  # strides and options suit the Hopper prefill kernel of the plan
 
 
 # By what `layer_key` says of a call.
@@ -316,18 +326,22 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         arguments,
         dict(
             PACK=plan.prefill_pack,
+            ITEM_TILES=plan.prefill_rows // plan.prefill.block_m,
             PAIRED_VALUES=pairs and plan.prefill.block_m < WGMMA_ROWS,
             **variant,
             **plan.prefill.constants(),
         ),
     )
-    # TMA steps in units of 16 bytes.
-    streamed = [specs[name] for name in ("query", "key_cache", "value_cache")]
     hopper = (
-        plan.hopper
+        plan.hopper is not None
         and sight.chunk_lookback < 0
-        and specs.keys().isdisjoint(PORTABLE)
-        and all(stride % 8 == 0 for spec in streamed for stride in spec.strides[:-1])
+        and specs.keys().isdisjoint(PORTABLE[plan.hopper])
+        and specs["output"].dtype in hopper_prefill.DTYPES
+        and (lse is None or lse.strides[0] == shape.num_query_heads)
+        and all(
+            strides_suit_tma(specs[name])
+            for name in ("query", "key_cache", "value_cache")
+        )
     )
     return Launches(decode, prefill, hopper)
 
@@ -346,6 +360,7 @@ def varlen_attention(
     causal: bool | torch.Tensor = True,
     softcap: float = 0.0,
     sliding_window: int | None = None,
+    q_scale: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     output_lse: torch.Tensor | None = None,
@@ -367,13 +382,15 @@ def varlen_attention(
     hold anything.
 
     Args:
-        query: [num_tokens, num_query_heads, head_size] float16, bfloat16 or float32;
-            rows past query_start_loc[-1] are padding.
+        query: [num_tokens, num_query_heads, head_size] float16, bfloat16 or float32, or
+            float8_e4m3fn over a cache of the same; rows past query_start_loc[-1] are
+            padding.
         key_cache: [num_blocks, block_size, num_kv_heads, head_size] of query's dtype
             or float8, any strides but 1 in the last dimension.
         value_cache: as key_cache, with strides of its own.
-        output: [num_tokens, num_query_heads, head_size] of query's dtype, written in
-            place; rows of no sequence stay as they are.
+        output: [num_tokens, num_query_heads, head_size] of query's dtype, for a query
+            in float8 of float16, bfloat16 or float32; written in place, rows of no
+            sequence stay as they are.
         query_start_loc: [num_seqs + 1] int32, first row of each sequence in query.
         seq_lens: [num_seqs] int32, context and new tokens.
         block_table: [num_seqs, max_blocks] int32, the pages of each sequence.
@@ -385,6 +402,7 @@ def varlen_attention(
         softcap: logits become softcap * tanh(logits / softcap); 0: they stay.
         sliding_window: a token sees only this many keys, its own included; if not
             causal, keys less than this far away on both sides. None: all.
+        q_scale: [1] float32, what the query was divided by.
         k_scale: [1] float32, what the cached keys were divided by.
         v_scale: [1] float32, what the cached values were divided by.
         output_lse: [num_tokens, num_query_heads] float32, receives the natural
@@ -434,6 +452,7 @@ def varlen_attention(
         query_start_loc=query_start_loc,
         seq_lens=seq_lens,
         block_table=block_table,
+        q_scale=q_scale,
         k_scale=k_scale,
         v_scale=v_scale,
         output_lse=output_lse,
@@ -508,6 +527,7 @@ def varlen_attention(
         schedule.sequences,
         *schedule.partials,
         schedule.arrivals,
+        q_scale,
         k_scale,
         v_scale,
         sinks,
@@ -521,7 +541,11 @@ def varlen_attention(
     if num_items == 0:
         return
     if launches.hopper and is_aligned(query, key_cache, value_cache):
-        hopper_prefill.hopper_prefill(
+        prefill, scales = hopper_prefill.hopper_prefill, {}
+        if plan.hopper == "fp8":
+            prefill = hopper_fp8_prefill.hopper_fp8_prefill
+            scales = dict(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
+        prefill(
             query,
             key_cache,
             value_cache,
@@ -534,6 +558,7 @@ def varlen_attention(
             sliding_window=sliding_window,
             softcap=softcap,
             output_lse=output_lse,
+            **scales,
         )
     else:
         launches.prefill(
@@ -544,6 +569,7 @@ def varlen_attention(
             value_cache,
             block_table,
             schedule.work,
+            q_scale,
             k_scale,
             v_scale,
             sinks,
@@ -552,5 +578,8 @@ def varlen_attention(
             mm_prefix_range,
             prefix_lens,
             output_scale,
-            grid=(shape.num_query_heads // plan.prefill_pack, num_items),
+            grid=(
+                shape.num_query_heads // plan.prefill_pack,
+                num_items * (plan.prefill_rows // plan.prefill.block_m),
+            ),
         )
