@@ -21,6 +21,8 @@ from tests.kernels.attention.conch_reference import (
     SENTINEL,
     Attention,
     first_visible_key,
+    fp8_lse_tolerance,
+    fp8_output_tolerance,
     lse_tolerance,
     make_caches,
     nan_filled,
@@ -36,6 +38,7 @@ if not (ON_GPU or INTERPRETED):
 
 from vllm.attention.ops.conch import (  # noqa: E402
     VarlenSchedule,
+    hopper_fp8_prefill,
     hopper_prefill,
     varlen_attention,
 )
@@ -48,6 +51,7 @@ HEAD_SIZE = 64 if ON_GPU else 32
 HALF_DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
 DTYPES = [torch.float32, *HALF_DTYPES]
 KV_FP8_DTYPES = [current_platform.fp8_dtype(), torch.float8_e5m2]
+HopperConfig = hopper_prefill.HopperConfig | hopper_fp8_prefill.Fp8Config
 gpu_only = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
 ALLOCATORS = [
@@ -118,6 +122,7 @@ class Batch:
     causal: bool | torch.Tensor = True
     softcap: float = 0.0
     sliding_window: int | None = None
+    q_scale: torch.Tensor | None = None
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
@@ -129,7 +134,7 @@ class Batch:
     chunk_lookback: int = -1
     output_scale: torch.Tensor | None = None
     output_dtype: torch.dtype | None = None
-    """Of the output, if it is quantised."""
+    """Of the output, if it or the query is quantised."""
 
     @property
     def num_live_tokens(self) -> int:
@@ -161,13 +166,16 @@ def make_query(
     num_kv_heads: int,
     head_size: int,
     dtype: torch.dtype,
+    scale: float,
     device: torch.device | str,
 ) -> torch.Tensor:
-    """The query third of a fused QKV projection; padding rows and K, V are NaN."""
+    """The query third of a fused QKV projection, divided by a scale; padding rows and
+    K, V are NaN."""
     width = (num_query_heads + 2 * num_kv_heads) * head_size
     fused = nan_filled(num_tokens + padding, width, dtype=dtype, device=device)
     query = fused[:, : num_query_heads * head_size].unflatten(1, (-1, head_size))
-    query[:num_tokens] = torch.randn(query[:num_tokens].shape, device=device).to(dtype)
+    rows = torch.randn(query[:num_tokens].shape, device=device)
+    query[:num_tokens] = (rows / scale).to(dtype)
     return query
 
 
@@ -199,6 +207,7 @@ def make_batch(
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
     kv_dtype: torch.dtype | None = None,
+    query_dtype: torch.dtype | None = None,
     layout: str = "NHD",
     padding: int = 3,
     shared_pages: int = 0,
@@ -207,6 +216,7 @@ def make_batch(
     causal: bool | torch.Tensor = True,
     softcap: float = 0.0,
     sliding_window: int | None = None,
+    q_scale: float | None = None,
     k_scale: float | None = None,
     v_scale: float | None = None,
     seed: int = 0,
@@ -217,7 +227,8 @@ def make_batch(
 
     NaN stands in block 0, in every slot past a sequence's end, in every page
     before the window and in the padding rows of the query; the block-table
-    entries of such pages are huge. Features are further fields of `Batch`.
+    entries of such pages are huge. Features are further fields of `Batch`. dtype is
+    the output's where query_dtype is given.
     """
     torch.manual_seed(seed)
     pages = []
@@ -243,9 +254,15 @@ def make_batch(
     query_lens = [query_len for query_len, _ in lengths]
     heads = (num_query_heads, num_kv_heads, head_size)
     integers = {"dtype": torch.int32, "device": device}
-    floats = {"dtype": torch.float32, "device": device}
+
+    def scalar(value: float | None) -> torch.Tensor | None:
+        return None if value is None else torch.tensor([value], device=device)
+
+    if query_dtype is not None:
+        features = {"output_dtype": dtype} | features
+    query_like = (*heads, query_dtype or dtype, q_scale or 1.0, device)
     return Batch(
-        make_query(sum(query_lens), padding, *heads, dtype, device),
+        make_query(sum(query_lens), padding, *query_like),
         *caches,
         query_start_loc=torch.tensor([0, *query_lens]).cumsum(0).to(**integers),
         seq_lens=torch.tensor([seq_len for _, seq_len in lengths], **integers),
@@ -255,8 +272,9 @@ def make_batch(
         causal=causal,
         softcap=softcap,
         sliding_window=sliding_window,
-        k_scale=None if k_scale is None else torch.tensor([k_scale], **floats),
-        v_scale=None if v_scale is None else torch.tensor([v_scale], **floats),
+        q_scale=scalar(q_scale),
+        k_scale=scalar(k_scale),
+        v_scale=scalar(v_scale),
         **features,
     )
 
@@ -400,18 +418,25 @@ def check(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs CONCH, compares output and LSE with the reference and returns them."""
     output, lse = attend(batch, schedule)
-    tanh_error = softcap_error(batch, schedule) if batch.softcap else 0.0
-    compare(batch, output, lse, truncated_sums=truncated_sums, tanh_error=tanh_error)
+    if schedule is None and ON_GPU:
+        schedule = update(make_schedule(batch), batch)
+    compare(
+        batch,
+        output,
+        lse,
+        truncated_sums=truncated_sums,
+        hopper=hopper_config(schedule),
+    )
     return output, lse
 
 
-def softcap_error(batch: Batch, schedule: VarlenSchedule | None) -> float:
-    """Relative error of the softcap's tanh: 2^-11 where it is the hardware's."""
-    schedule = schedule or update(make_schedule(batch), batch)
-    if not (schedule.plan.hopper and len(schedule.work)):
-        return 0.0
-    config = hopper_prefill.CONFIGS[max(64, schedule.shape.head_padded)]
-    return 2.0**-11 if config.softcap == "approx" else 0.0
+def hopper_config(schedule: VarlenSchedule | None) -> HopperConfig | None:
+    """That of the Hopper kernel, if it has a part in the batch of the last update."""
+    if schedule is None or not (schedule.plan.hopper and len(schedule.work)):
+        return None
+    is_fp8 = schedule.plan.hopper == "fp8"
+    module = hopper_fp8_prefill if is_fp8 else hopper_prefill
+    return module.CONFIGS[max(64, schedule.shape.head_padded)]
 
 
 def compare(
@@ -420,7 +445,7 @@ def compare(
     lse: torch.Tensor,
     *,
     truncated_sums: int = 0,
-    tanh_error: float = 0.0,
+    hopper: HopperConfig | None = None,
 ) -> None:
     """Compares the live rows with the reference.
 
@@ -429,7 +454,18 @@ def compare(
     """
     reference = Attention(*(t[: batch.num_live_tokens] for t in batch.reference()))
     expected = reference.output
-    allowed = output_tolerance(reference, batch.query.dtype, truncated_sums)
+    allowed_lse = lse_tolerance(reference)
+    dtype = weights = batch.query.dtype
+    if dtype in FP8_DTYPES:
+        weights = torch.float16  # as the query in products
+        is_wide = batch.output_scale is not None
+        dtype = torch.float32 if is_wide else batch.output_dtype
+    if isinstance(hopper, hopper_fp8_prefill.Fp8Config):
+        head_size = batch.query.shape[2]
+        allowed = fp8_output_tolerance(reference, dtype, head_size, hopper.block_n)
+        allowed_lse += fp8_lse_tolerance(reference, head_size)
+    else:
+        allowed = output_tolerance(reference, dtype, truncated_sums, weights)
     if batch.output_scale is not None:
         # Before it is rounded to fp8 the output is still in fp32.
         limits = torch.finfo(batch.output_dtype)
@@ -437,5 +473,6 @@ def compare(
         expected = expected.clamp(limits.min, limits.max)
         allowed += limits.eps / 2 * expected.abs().clamp(min=limits.smallest_normal)
     assert_close("output", output, expected, allowed)
-    allowed = lse_tolerance(reference) + batch.softcap * tanh_error
-    assert_close("LSE", lse, reference.lse, allowed)
+    if hopper is not None and hopper.softcap == "approx":
+        allowed_lse += batch.softcap * 2.0**-11  # the hardware's tanh
+    assert_close("LSE", lse, reference.lse, allowed_lse)

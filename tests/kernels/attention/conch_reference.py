@@ -35,6 +35,9 @@ class Attention(NamedTuple):
     the sum of the magnitudes that it is computed from."""
     lse_drift: torch.Tensor
     """The same for lse."""
+    output_grain: torch.Tensor
+    """Like output: bound of its error when each weight carries an error as large as
+    the largest weight."""
 
 
 def visible_keys(
@@ -133,7 +136,10 @@ def attention(
     drift = torch.einsum("qhgk,khd->qhgd", error, value.abs())
     drift += output.abs() * lse_drift[..., None]
     lse_drift += finite_lse.abs()
-    parts = (output, lse, noise, size, drift, lse_drift)
+    seen = visible[:, None, None, :].expand(logits.shape).to(dtype)
+    grain = torch.einsum("qhgk,khd->qhgd", seen, value.abs())
+    grain *= probability.amax(-1, keepdim=True) if probability.numel() else 0
+    parts = (output, lse, noise, size, drift, lse_drift, grain)
     return Attention(*(t.flatten(1, 2) for t in parts))
 
 
@@ -158,6 +164,7 @@ def paged_attention(
     causal: bool | torch.Tensor = True,
     softcap: float = 0.0,
     sliding_window: int | None = None,
+    q_scale: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
@@ -177,9 +184,11 @@ def paged_attention(
     not divided by output_scale.
     """
     num_tokens, num_heads, _ = query.shape
+    if q_scale is not None:
+        query = query.to(dtype) * q_scale.to(dtype)
     wide = torch.full_like(query, SENTINEL, dtype=dtype)
     narrow = wide[..., 0]
-    parts = (wide, narrow, wide, wide, wide, narrow)
+    parts = (wide, narrow, wide, wide, wide, narrow, wide)
     whole = Attention(*(t.clone() for t in parts))
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     for i, seq_len in enumerate(lengths):
@@ -331,13 +340,16 @@ def make_caches(
 
 
 def output_tolerance(
-    reference: Attention, dtype: torch.dtype, truncated_sums: int = 0
+    reference: Attention,
+    dtype: torch.dtype,
+    truncated_sums: int = 0,
+    weights: torch.dtype | None = None,
 ) -> torch.Tensor:
     """How far, element by element, an output of `dtype` may be from the reference.
 
     For an implementation that keeps logits, softmax state and accumulator in fp32
-    and rounds to `dtype` twice: the probabilities before they meet V, and the
-    output. A rounding is off by at most u, with a standard deviation of u / sqrt 3,
+    and rounds twice: the probabilities before they meet V, to `weights` (None: to
+    `dtype`), and the output to `dtype`. A rounding is off by at most u, with a standard deviation of u / sqrt 3,
     so four times the noise is seven standard deviations. What fp32 adds is a few
     units of 2^-24 of the magnitudes that went into it.
 
@@ -348,7 +360,8 @@ def output_tolerance(
     unit = torch.finfo(dtype).eps / 2
     # Below the smallest normal number the steps of a format no longer shrink.
     output = reference.output.abs().clamp(min=torch.finfo(dtype).smallest_normal)
-    rounding = unit * (output + 4 * reference.output_noise)
+    rounding = unit * output
+    rounding += torch.finfo(weights or dtype).eps / 2 * 4 * reference.output_noise
     truncation = truncated_sums * 2.0**-23 * reference.output_size
     return rounding + truncation + 8 * 2.0**-24 * reference.output_drift
 
@@ -356,3 +369,40 @@ def output_tolerance(
 def lse_tolerance(reference: Attention) -> torch.Tensor:
     """The same for the LSE, which no rounding to 16 bits touches."""
     return 8 * 2.0**-24 * reference.lse_drift
+
+
+# Products of fp8 on Hopper keep 13 bits behind the largest term of a sum, and take 32
+# terms at a time.
+FP8_SUM_UNIT, FP8_SUM_TERMS = 2.0**-13, 32
+
+
+def fp8_output_tolerance(
+    reference: Attention, dtype: torch.dtype, head_size: int, block_n: int = 128
+) -> torch.Tensor:
+    """`output_tolerance` where Q, K, V and the probabilities are in e4m3.
+
+    A row's weights are relative to the largest that it has seen and rounded times 2^8,
+    while their sum is of unrounded ones.  Down to 2^-14, where the format's normal
+    numbers end, u is 2^-4, half of 2^-3.  Below, a weight is off by half a step of
+    2^-9 / 2^8 at most, whatever it is; these errors may all have one sign.
+
+    A step of 32 terms cuts off what is below 2^-13 of the largest term or of the sum so
+    far: head_size / 32 times for a logit, of the sum of its magnitudes; and block_n / 32
+    times for a tile of keys, after which sums are in fp32.
+    """
+    weights = torch.finfo(torch.float8_e4m3fn)
+    rounding = weights.eps / 2 * 4 * reference.output_noise
+    rounding += weights.smallest_normal * weights.eps / 2 / 2**8 * reference.output_grain
+    output = reference.output.abs().clamp(min=torch.finfo(dtype).smallest_normal)
+    rounding += torch.finfo(dtype).eps / 2 * output
+    cut = block_n / FP8_SUM_TERMS * FP8_SUM_UNIT * reference.output_size
+    return rounding + cut + fp8_logit_error(head_size) * reference.output_drift
+
+
+def fp8_logit_error(head_size: int) -> float:
+    """Of a logit, relative to the sum of the magnitudes of its products."""
+    return max(1, head_size / FP8_SUM_TERMS) * FP8_SUM_UNIT
+
+
+def fp8_lse_tolerance(reference: Attention, head_size: int) -> torch.Tensor:
+    return fp8_logit_error(head_size) * reference.lse_drift

@@ -100,6 +100,8 @@ BAD_BATCHES = [
     ("softcap", "NaN", change("softcap", lambda x: math.nan)),
     ("sliding_window", "zero", change("sliding_window", lambda n: 0)),
     ("sliding_window", "negative", change("sliding_window", lambda n: -1)),
+    ("q_scale", "two", change("q_scale", lambda t: ones(2))),
+    ("q_scale", "device", change("q_scale", lambda t: elsewhere(ones(1)))),
     ("k_scale", "two", change("k_scale", lambda t: torch.ones(2, device=DEVICE))),
     ("k_scale", "fp16", change("k_scale", lambda t: torch.ones(1).half().to(DEVICE))),
     ("k_scale", "a number", change("k_scale", lambda t: 2.0)),
@@ -145,6 +147,14 @@ BAD_BATCHES = [
     ("v_scale", "two", change("v_scale", lambda t: torch.ones(2, device=DEVICE))),
     ("v_scale", "device", change("v_scale", lambda t: elsewhere(torch.ones(1)))),
 ]
+FP8 = torch.float8_e4m3fn
+BAD_FP8_BATCHES = [
+    ("query", "e5m2", {"query_dtype": torch.float8_e5m2}),
+    ("key_cache", "16 bits", {"kv_dtype": torch.float16}),
+    ("key_cache", "e5m2", {"kv_dtype": torch.float8_e5m2}),
+    ("output", "fp8 without a scale", {"output_dtype": FP8}),
+    ("output", "float64", {"output_dtype": torch.float64}),
+]
 # What is wrong with the output, with the LSE.
 BAD_OUTPUTS = [
     ("shape", lambda t: t[:, :-1]),
@@ -172,6 +182,17 @@ def test_bad_batches(argument, what, spoil):
     assert_refused(argument, spoil(make_batch([(1, 20), (3, 3)])))
 
 
+@pytest.mark.parametrize("argument, what, options", BAD_FP8_BATCHES, ids=ids)
+def test_bad_fp8_queries(argument, what, options):
+    options = {"query_dtype": FP8, "kv_dtype": FP8, "dtype": torch.float16} | options
+    batch = make_batch([(1, 20), (3, 3)], **options)
+    output = torch.full(batch.query.shape, 16.0, device=DEVICE)
+    output = output.to(batch.output_dtype)
+    with pytest.raises(ValueError, match=rf"^{argument}\b"):
+        call(batch, output)
+    assert (output.float() == 16.0).all()
+
+
 @pytest.mark.parametrize("argument", ["output", "output_lse"])
 @pytest.mark.parametrize("what, spoil", BAD_OUTPUTS, ids=ids)
 def test_bad_outputs(what, spoil, argument):
@@ -193,6 +214,7 @@ def test_bad_outputs(what, spoil, argument):
         {"block_size": 32},
         {"dtype": torch.float16},
         {"kv_dtype": torch.float8_e5m2},
+        {"kv_dtype": FP8, "query_dtype": FP8},
         {"sliding_window": 5},
     ],
     ids=str,
@@ -254,6 +276,7 @@ def test_a_schedule_updated_for_another_number_of_sequences():
         ("head_size", 528),
         ("block_size", 24),
         ("query_dtype", torch.float64),
+        ("query_dtype", torch.float8_e5m2),
         ("kv_dtype", torch.uint8),
         ("decode_query_len", 0),
         ("sliding_window", 0),

@@ -19,9 +19,11 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     KV_FP8_DTYPES,
     ON_GPU,
     Batch,
+    HopperConfig,
     call,
     compare,
     gpu_only,
+    hopper_config,
     make_batch,
     make_schedule,
     poison,
@@ -46,7 +48,8 @@ class StaticBatch:
         for name in ("key_cache", "value_cache"):
             cache = getattr(largest, name)
             setattr(largest, name, cache.new_empty(num_blocks, *cache.shape[1:]))
-        self.output = torch.empty_like(largest.query)
+        dtype = largest.output_dtype or largest.query.dtype
+        self.output = torch.empty_like(largest.query, dtype=dtype)
         self.lse = torch.empty(largest.query.shape[:2], device=DEVICE)
 
     def load(self, batch: Batch) -> None:
@@ -65,9 +68,9 @@ class StaticBatch:
         self.output.fill_(SENTINEL)
         self.lse.fill_(SENTINEL)
 
-    def compare(self) -> None:
+    def compare(self, hopper: HopperConfig | None) -> None:
         live = self.batch.num_live_tokens
-        compare(self.batch, self.output[:live], self.lse[:live])
+        compare(self.batch, self.output[:live], self.lse[:live], hopper=hopper)
         assert bool((self.output[live:] == SENTINEL).all())
         assert bool((self.lse[live:] == SENTINEL).all())
 
@@ -129,6 +132,9 @@ if ON_GPU:
         "v_scale": 2.0,
         "softcap": 30.0,
     }
+    if KV_FP8_DTYPES[0] == torch.float8_e4m3fn:
+        scaled = OPTIONS["fp8_softcap"] | {"softcap": 0.0, "q_scale": 0.25}
+        OPTIONS["fp8_query"] = scaled | {"query_dtype": KV_FP8_DTYPES[0]}
 
 
 @pytest.mark.parametrize("update_from", UPDATES)
@@ -159,7 +165,7 @@ def test_replay(name, options, update_from):
         if update_from != "graph":
             update(schedule, batch if update_from == "batch" else static.batch)
         replay()
-        static.compare()
+        static.compare(hopper_config(schedule))
 
 
 def test_replay_is_bitwise_repeatable():

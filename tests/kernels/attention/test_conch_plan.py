@@ -27,6 +27,7 @@ from vllm.attention.ops.conch.plan import (
     this_device,
     unsupported_kv_dtype,
 )
+from vllm.triton_utils import triton
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, E4M3_FNUZ, E5M2 = (
@@ -65,9 +66,8 @@ shapes = st.builds(
     st.integers(1, 80),
     st.sampled_from(
         [
-            (query, kv)
-            for query in (BF16, FP16, FP32)
-            for kv in (query, E4M3, E4M3_FNUZ, E5M2)
+            *itertools.product((BF16, FP16, FP32), (E4M3, E4M3_FNUZ, E5M2)),
+            *((dtype, dtype) for dtype in (BF16, FP16, FP32, E4M3)),
         ]
     ),
 )
@@ -85,6 +85,7 @@ def test_every_shape_has_a_plan(shape, device, max_query_len):
     check_layer_shape(shape)
     chosen = make_plan(shape, device, max_query_len)
     assert chosen.num_workers >= device.num_units
+    assert chosen.prefill_rows % chosen.prefill.block_m == 0
     for config in (chosen.decode, chosen.prefill):
         assert config.block_m >= 16 and is_power_of_two(config.block_m)
         assert config.tile >= 16 and is_power_of_two(config.tile)
@@ -142,8 +143,9 @@ def test_layers_of_one_kind_share_variants(shape, device, max_query_len):
 def test_no_wgmma_with_converted_operands(shape, max_query_len):
     """Hopper takes wgmma from 64 rows on."""
     chosen = portable(shape, H200, max_query_len)
-    converts = shape.query_dtype == FP32 or shape.kv_dtype != shape.query_dtype
-    assert plan.avoids_wgmma(shape, H200) == (shape.kv_dtype != shape.query_dtype)
+    from_fp8 = shape.kv_dtype.itemsize == 1
+    converts = shape.query_dtype == FP32 or from_fp8
+    assert plan.avoids_wgmma(shape, H200) == from_fp8
     for config in (chosen.decode, chosen.prefill):
         assert config.block_m < 64 or not converts
 
@@ -375,3 +377,47 @@ def test_scratch_holds_every_plan_of_a_schedule(decode_query_len, group):
     rows = schedule.partials[0].shape[1]
     for max_query_len in (1, decode_query_len, MAX_DECODE_QUERY_LEN, 17, 1000):
         assert schedule.plan_for(max_query_len).decode.block_m <= rows
+
+
+# Query, cache, head size, and Hopper's kernel with the rows of its items.
+HOPPER_PREFILLS = [
+    ("bfloat16", "bfloat16", 128, ("16-bit", 128)),
+    ("float16", "float16", 40, ("16-bit", 128)),
+    ("float8_e4m3fn", "float8_e4m3fn", 64, ("fp8", 192)),
+    ("float8_e4m3fn", "float8_e4m3fn", 48, ("fp8", 192)),
+    ("float8_e4m3fn", "float8_e4m3fn", 128, ("fp8", 192)),
+    ("float8_e4m3fn", "float8_e4m3fn", 192, ("fp8", 128)),
+    ("float8_e4m3fn", "float8_e4m3fn", 40, None),
+    ("float8_e4m3fn", "float8_e4m3fn", 512, None),
+    ("bfloat16", "float8_e4m3fn", 128, None),
+    ("float16", "float8_e5m2", 128, None),
+    ("float32", "float32", 128, None),
+]
+
+
+@pytest.mark.parametrize("query, cache, head_size, expected", HOPPER_PREFILLS)
+def test_which_prefills_have_a_kernel_for_hopper(
+    query, cache, head_size, expected, monkeypatch
+):
+    monkeypatch.setattr(hopper_prefill, "TRITON_VERSIONS", (triton.__version__,))
+    dtypes = getattr(torch, query), getattr(torch, cache)
+    shape = Shape(8, 2, head_size, 16, *dtypes)
+    for name, device in DEVICES.items():
+        plan = make_plan.__wrapped__(shape, device, 1)
+        if expected is None or name != "H200":
+            assert plan.hopper is None
+            assert plan.prefill_rows == plan.prefill.block_m
+        else:
+            assert (plan.hopper, plan.prefill_rows) == expected
+        assert make_plan.__wrapped__(shape, device, 1, portable=True).hopper is None
+    monkeypatch.setattr(hopper_prefill, "TRITON_VERSIONS", ("0.",))
+    assert make_plan.__wrapped__(shape, DEVICES["H200"], 1).hopper is None
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 256, 512])
+@pytest.mark.parametrize("query", [torch.bfloat16, torch.float8_e4m3fn])
+def test_fp8_caches_keep_off_wgmma(query, head_size):
+    """See `plan.avoids_wgmma`: the portable kernels convert K and V in registers."""
+    shape = Shape(64, 1, head_size, 16, query, torch.float8_e4m3fn)
+    plan = make_plan(shape, DEVICES["H200"], MAX_DECODE_QUERY_LEN)
+    assert plan.decode.block_m < 64 and plan.prefill.block_m < 64

@@ -140,7 +140,7 @@ def test_prefill_items_come_heaviest_first(seed, pack):
         max_query_len=100,
         num_tokens=len(batch.query),
     )
-    block_m = schedule.plan.prefill.block_m
+    block_m = schedule.plan.prefill_rows
     tiles = []
     for sequence, (query_len, seq_len) in enumerate(lengths):
         start = int(batch.query_start_loc[sequence])

@@ -32,17 +32,23 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     ON_GPU,
     assert_close,
     gpu_only,
+    hopper_config,
     poisoned_scratch,
 )
 from tests.kernels.attention.conch_reference import (
     SENTINEL,
     Attention,
+    fp8_output_tolerance,
     output_tolerance,
     paged_attention,
 )
+from vllm.attention.ops.conch import hopper_fp8_prefill, hopper_prefill
+from vllm.attention.ops.conch.plan import Device
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
+from vllm.triton_utils import triton
+from vllm.v1.attention.backends import conch_attn
 from vllm.v1.attention.backends.conch_attn import (
     ConchAttentionBackend,
     ConchAttentionImpl,
@@ -67,7 +73,8 @@ BATCHES = {
 MAX_MODEL_LEN = 256
 # On a GPU enough for the cache write that is made for many tokens.
 MAX_NUM_TOKENS = 65536 if ON_GPU else 192
-NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 4, 2, 32, 16
+NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 4, 2, 16
+HEAD_SIZE = 64 if ON_GPU else 32  # on a GPU one that its fastest kernels take
 
 
 def make_config(
@@ -114,6 +121,7 @@ class Engine:
         for name, options in zip(names, layers):
             layer = SimpleNamespace(
                 impl=self.make_impl(kv_cache_dtype, **options),
+                _q_scale=torch.tensor(0.25, device=DEVICE),
                 _k_scale=torch.tensor(scales[0], device=DEVICE),
                 _v_scale=torch.tensor(scales[1], device=DEVICE),
             )
@@ -234,6 +242,14 @@ class Engine:
         rows[:live] = torch.randn(rows[:live].shape, device=DEVICE).to(self.dtype)
         return rows.split(heads, dim=1)
 
+    def as_passed(self, layer: Any, query: torch.Tensor) -> torch.Tensor:
+        """The query as vLLM's layer passes it, quantised where that is asked for."""
+        if not layer.impl.supports_quant_query_input:
+            return query
+        bound = torch.finfo(layer.impl.fp8_dtype).max
+        scaled = (query.float() / layer._q_scale).clamp(-bound, bound)
+        return scaled.to(layer.impl.fp8_dtype)
+
     def reference(self, layer: Any, query: torch.Tensor, metadata: Any) -> Attention:
         impl = layer.impl
         is_fp8 = impl.fp8_dtype is not None
@@ -247,6 +263,7 @@ class Engine:
             causal=metadata.causal,
             softcap=impl.softcap,
             sliding_window=impl.sliding_window,
+            q_scale=layer._q_scale if query.dtype == impl.fp8_dtype else None,
             k_scale=layer._k_scale if is_fp8 else None,
             v_scale=layer._v_scale if is_fp8 else None,
         )
@@ -256,6 +273,7 @@ class Engine:
         self.fill_context(layer)
         query, key, value = self.new_tokens(layer, metadata.num_actual_tokens)
         output = torch.full_like(query, SENTINEL)
+        query = self.as_passed(layer, query)
         before = [cache.clone() for cache in layer.caches]
         assert run_layer(layer, query, key, value, metadata, output) is output
         self.check_cache(layer, before, key, value, metadata.slot_mapping)
@@ -289,7 +307,11 @@ class Engine:
         live = int(self.query_start_loc[-1])
         reference = self.reference(layer, query, metadata)
         reference = Attention(*(part[:live] for part in reference))
-        allowed = output_tolerance(reference, query.dtype)
+        hopper = hopper_config(metadata.schedules[layer.impl.schedule_key])
+        if isinstance(hopper, hopper_fp8_prefill.Fp8Config):
+            allowed = fp8_output_tolerance(reference, self.dtype, HEAD_SIZE)
+        else:
+            allowed = output_tolerance(reference, self.dtype)
         assert_close("output", output[:live], reference.output, allowed)
         assert bool((output[live:] == SENTINEL).all()), "padding rows were written"
 
@@ -317,6 +339,51 @@ def test_fp8_cache(kv_cache_dtype: str, batch: str) -> None:
     """The cache is allocated as bytes, written and read as the fp8 format."""
     engine = Engine(kv_cache_dtype=kv_cache_dtype, scales=(0.5, 2.0))
     engine.step(BATCHES[batch])
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_fp8_queries(batch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the layer passes them where the implementation asks for them."""
+    monkeypatch.setattr(ConchAttentionImpl, "prefers_fp8_queries", lambda self: True)
+    options = {"dtype": HALF_DTYPES[-1], "kv_cache_dtype": "fp8"}
+    engine = Engine([{}, {"sliding_window": 16}], scales=(0.5, 2.0), **options)
+    for schedule in engine.builder.schedules.values():
+        assert schedule.shape.query_dtype == current_platform.fp8_dtype()
+    engine.step(BATCHES[batch])
+    engine.layers[0].impl.run_dummy_batches(engine.layers[0])
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "kv_cache_dtype", "expected"),
+    [
+        (90, torch.bfloat16, "fp8", True),
+        (90, torch.float16, "fp8_e4m3", True),
+        (90, torch.float32, "fp8", False),
+        (90, torch.bfloat16, "fp8_e5m2", False),
+        (90, torch.bfloat16, "auto", False),
+        (89, torch.bfloat16, "fp8", False),
+        (100, torch.bfloat16, "fp8", False),
+    ],
+)
+def test_fp8_queries_are_for_hoppers_kernel(
+    capability: int,
+    dtype: torch.dtype,
+    kv_cache_dtype: str,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    impl = Engine(dtype=dtype).make_impl("auto")
+    impl.head_size, impl.fp8_dtype = 128, conch_attn.fp8_cache_dtype(kv_cache_dtype)
+    device = Device("cuda", capability, 132, 227 * 1024)
+    versions = {"0.": False, triton.__version__: expected}
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(conch_attn, "this_device", lambda index: device)
+    for version, prefers in versions.items():
+        monkeypatch.setattr(hopper_prefill, "TRITON_VERSIONS", (version,))
+        assert impl.prefers_fp8_queries() == prefers
+    impl.head_size = 512
+    assert not impl.prefers_fp8_queries()
 
 
 @pytest.mark.parametrize("batch", BATCHES)

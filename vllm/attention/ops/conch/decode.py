@@ -171,7 +171,8 @@ def decode_kernel(
     partial_max_ptr,  # [2 * num_workers, BLOCK_M] fp32
     partial_sum_ptr,
     arrivals_ptr,  # [num_workers], zero between launches
-    k_scale_ptr,  # [1] or None
+    q_scale_ptr,  # [1] or None
+    k_scale_ptr,
     v_scale_ptr,
     sinks_ptr,  # [num_query_heads] or None
     slopes_ptr,  # [num_query_heads] fp32, or None
@@ -224,7 +225,7 @@ def decode_kernel(
     line = worker * tiles_per_worker  # where this worker is on the line of tiles
 
     layer_scales, v_scale = load_scales(
-        k_scale_ptr, v_scale_ptr, (scale, cap_scale), SOFTCAP
+        q_scale_ptr, k_scale_ptr, v_scale_ptr, (scale, cap_scale), SOFTCAP
     )
     dims = tl.arange(0, HEAD_PADDED)
 

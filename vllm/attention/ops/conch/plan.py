@@ -14,10 +14,11 @@ import torch
 
 from vllm.triton_utils import triton
 
-from . import hopper_prefill
+from . import hopper_fp8_prefill, hopper_prefill
 from .checks import reject
 
 QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+QUERY_FP8_DTYPE = torch.float8_e4m3fn  # over a cache of the same
 KV_FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 HEAD_SIZES = range(16, 513)
 BLOCK_SIZE_MULTIPLE = 16
@@ -59,6 +60,13 @@ class Shape(NamedTuple):
         return max(16, triton.next_power_of_2(self.head_size))
 
 
+def kv_dtypes_for(query_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Dtypes of the caches that queries of this dtype can attend to."""
+    if query_dtype == QUERY_FP8_DTYPE:
+        return (QUERY_FP8_DTYPE,)
+    return (query_dtype, *KV_FP8_DTYPES)
+
+
 def check_layer_shape(shape: Shape) -> None:
     """ValueErrors of a shape that no kernel takes."""
     if shape.num_kv_heads < 1:
@@ -72,9 +80,10 @@ def check_layer_shape(shape: Shape) -> None:
     if shape.block_size < 1 or shape.block_size % BLOCK_SIZE_MULTIPLE:
         allowed = f"a multiple of {BLOCK_SIZE_MULTIPLE}"
         reject("block_size", shape.block_size, allowed)
-    if shape.query_dtype not in QUERY_DTYPES:
-        reject("query_dtype", shape.query_dtype, ", ".join(map(str, QUERY_DTYPES)))
-    kv_dtypes = (shape.query_dtype, *KV_FP8_DTYPES)
+    query_dtypes = (*QUERY_DTYPES, QUERY_FP8_DTYPE)
+    if shape.query_dtype not in query_dtypes:
+        reject("query_dtype", shape.query_dtype, ", ".join(map(str, query_dtypes)))
+    kv_dtypes = kv_dtypes_for(shape.query_dtype)
     if shape.kv_dtype not in kv_dtypes:
         reject("kv_dtype", shape.kv_dtype, ", ".join(map(str, kv_dtypes)))
 
@@ -108,12 +117,15 @@ class Config:
 @dataclass(frozen=True)
 class AttentionPlan:
     decode: Config
-    prefill: Config  # the portable kernel's, with the same rows as Hopper's
+    prefill: Config  # the portable kernel's
     # The same rows, with K and V read in boxes, where strides and addresses allow.
     prefill_boxes: Config | None
     prefill_pack: int  # query heads in a tile of prefill rows
+    prefill_rows: int  # of a prefill item: one or more tiles of the portable kernel
     head_lanes: int | None  # see `head_lanes`
-    hopper: bool  # the Hopper kernel does prefills, where strides allow
+    # "16-bit" or "fp8": that Hopper kernel does prefills, where strides and options
+    # allow.
+    hopper: str | None
     num_workers: int  # programs of the decode kernel, all resident at once
 
 
@@ -300,13 +312,13 @@ def avoids_wgmma(shape: Shape, device: Device) -> bool:
     With operands that are converted in registers, from fp8 here and by tf32x3 in
     fp32, Triton 3.6's wgmma gave wrong results and illegal accesses on an H200.
     """
-    return device.arch == 90 and shape.kv_dtype != shape.query_dtype
+    return device.arch == 90 and shape.kv_dtype in KV_FP8_DTYPES
 
 
 def plan_prefill_hopper(shape: Shape) -> Config:
     """Measured on an H200 at 8k tokens, causal, bf16."""
     wide = shape.head_padded
-    if shape.kv_dtype != shape.query_dtype:
+    if shape.kv_dtype in KV_FP8_DTYPES:
         if wide <= 128:
             return Config(32, 64, 8 if wide <= 64 else 4, 3)
         return Config(32, 32, 8, 3)
@@ -364,6 +376,25 @@ def head_lanes(head_tiles: int, num_xcds: int) -> int | None:
     return math.gcd(head_tiles, num_xcds) if num_xcds > 1 else None
 
 
+def hopper_kernel(shape: Shape, device: Device) -> str | None:
+    """The Hopper kernel for prefills of this shape, as `AttentionPlan.hopper`."""
+    available = (
+        device.backend == "cuda"
+        and device.arch == 90
+        and triton.__version__.startswith(hopper_prefill.TRITON_VERSIONS)
+    )
+    modules = {"16-bit": hopper_prefill, "fp8": hopper_fp8_prefill}
+    for name, module in modules.items() if available else ():
+        if module.supports(
+            head_size=shape.head_size,
+            block_size=shape.block_size,
+            query_dtype=shape.query_dtype,
+            kv_dtype=shape.kv_dtype,
+        ):
+            return name
+    return None
+
+
 @cache
 def make_plan(
     shape: Shape, device: Device, max_query_len: int, portable: bool = False
@@ -376,23 +407,15 @@ def make_plan(
         max_query_len: longest query of a decode.
         portable: leave out kernels made for one architecture.
     """
-    hopper = (
-        not portable
-        and device.backend == "cuda"
-        and device.arch == 90
-        and triton.__version__.startswith(hopper_prefill.TRITON_VERSIONS)
-        and hopper_prefill.supports(
-            head_size=shape.head_size,
-            block_size=shape.block_size,
-            query_dtype=shape.query_dtype,
-            kv_dtype=shape.kv_dtype,
-        )
-    )
+    hopper = None if portable else hopper_kernel(shape, device)
     prefill, pack = plan_prefill(shape, device), shape.group
     boxes = plan_prefill_boxes(shape, device, prefill)
-    if hopper:
+    rows = prefill.block_m
+    if hopper is not None:
         pack = hopper_prefill.packed_heads(shape.group)
-        rows = hopper_prefill.CONFIGS[shape.head_padded].block_m
+        module = hopper_fp8_prefill if hopper == "fp8" else hopper_prefill
+        rows = module.CONFIGS[max(64, shape.head_padded)].block_m
+    if hopper == "16-bit":
         prefill = with_rows(prefill, rows)
         boxes = with_rows(boxes, rows) if boxes else None
     return AttentionPlan(
@@ -400,6 +423,7 @@ def make_plan(
         prefill=prefill,
         prefill_boxes=boxes,
         prefill_pack=pack,
+        prefill_rows=rows,
         head_lanes=head_lanes(shape.num_query_heads // pack, device.num_xcds),
         hopper=hopper,
         num_workers=2 * device.num_units,

@@ -126,7 +126,8 @@ def prefill_kernel(
     value_ptr,
     block_table_ptr,  # [num_seqs, max_blocks]
     items_ptr,  # [num_items, ITEM_FIELDS]
-    k_scale_ptr,  # [1] or None
+    q_scale_ptr,  # [1] or None
+    k_scale_ptr,
     v_scale_ptr,
     sinks_ptr,  # [num_query_heads] or None
     slopes_ptr,  # [num_query_heads] fp32, or None
@@ -149,6 +150,7 @@ def prefill_kernel(
     num_ranges,  # None without ranges
     GROUP: tl.constexpr,  # query heads per KV head
     PACK: tl.constexpr,  # query heads in a tile, a divisor of GROUP
+    ITEM_TILES: tl.constexpr,  # tiles of rows that an item has
     HEAD_LANES: tl.constexpr,  # see head_and_item; None: a grid of heads and items
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
@@ -176,21 +178,25 @@ def prefill_kernel(
         )
     first_head = head_tile * PACK
     kv_head = first_head // GROUP
-    item = items_ptr + item_index * ITEM_FIELDS
+    item = items_ptr + item_index // ITEM_TILES * ITEM_FIELDS
     sequence = tl.load(item)
     if sequence < 0:
         return
-    m_block = tl.load(item + 1)
+    m_block = tl.load(item + 1) * ITEM_TILES + item_index % ITEM_TILES
     query_start = tl.load(item + 2)
     query_len = tl.load(item + 3)
     seq_len = tl.load(item + 4)
+    if ITEM_TILES > 1 and m_block * BLOCK_M >= query_len * PACK:
+        return
 
     token, packed_head, row_valid = query_rows(m_block, query_len, PACK, BLOCK_M)
     head = first_head + packed_head
     dims = tl.arange(0, HEAD_PADDED)
     dims_valid = row_valid[:, None] & (dims < HEAD_SIZE)[None, :]
     offsets = row_offsets(query_start, token, head, query_strides, dims)
-    scales, v_scale = load_scales(k_scale_ptr, v_scale_ptr, (scale, cap_scale), SOFTCAP)
+    scales, v_scale = load_scales(
+        q_scale_ptr, k_scale_ptr, v_scale_ptr, (scale, cap_scale), SOFTCAP
+    )
     query, scales = load_query(
         query_ptr, offsets, dims_valid, scales, key_ptr.dtype.element_ty, SOFTCAP
     )

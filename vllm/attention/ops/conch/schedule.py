@@ -437,7 +437,7 @@ class VarlenSchedule:
         plan = self.plan_for(1)
         rows = num_tokens * plan.prefill_pack
         prefills = min(num_seqs, num_tokens // (self.decode_query_len + 1))
-        return rows // plan.prefill.block_m + prefills
+        return rows // plan.prefill_rows + prefills
 
     def check_lengths(self, name: str, tensor: torch.Tensor) -> None:
         """Rejects what is not [n] int32 on the device, without gaps."""
@@ -548,7 +548,7 @@ class VarlenSchedule:
             DECODE_BLOCK_M=plan.decode.block_m,
             DECODE_TILE=plan.decode.tile,
             PREFILL_PACK=plan.prefill_pack,
-            PREFILL_BLOCK_M=plan.prefill.block_m,
+            PREFILL_BLOCK_M=plan.prefill_rows,
             **sight.constants(),
             BLOCK=min(triton.next_power_of_2(self.max_num_seqs), MAX_SEQUENCES_AT_ONCE),
             LANES=LANES,

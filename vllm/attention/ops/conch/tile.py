@@ -55,7 +55,9 @@ def load_query(
 ):
     """Query rows, 0 where masked, in the dtype of the products, and their scales."""
     query = tl.load(query_ptr + offsets, mask=mask, other=0.0)
-    if query.dtype != KV_DTYPE and query.dtype == tl.bfloat16:
+    if query.dtype.is_fp8():
+        query = query.to(tl.float16)  # exact
+    elif query.dtype != KV_DTYPE and query.dtype == tl.bfloat16:
         query, power = query_for_fp8(query)
         scales = fold(scales, power, SOFTCAP)
     return query, scales
@@ -72,9 +74,13 @@ def fold(scales, factor, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def load_scales(k_scale_ptr, v_scale_ptr, scales, SOFTCAP: tl.constexpr):
-    """The scales with the cache's k_scale in them, and its v_scale."""
+def load_scales(
+    q_scale_ptr, k_scale_ptr, v_scale_ptr, scales, SOFTCAP: tl.constexpr
+):
+    """The scales with q_scale and the cache's k_scale in them, and its v_scale."""
     v_scale = 1.0
+    if q_scale_ptr is not None:
+        scales = fold(scales, tl.load(q_scale_ptr), SOFTCAP)
     if k_scale_ptr is not None:
         scales = fold(scales, tl.load(k_scale_ptr), SOFTCAP)
     if v_scale_ptr is not None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import hopper_prefill
+from . import hopper_fp8_prefill, hopper_prefill
 from .checks import (
     TensorSpec,
     check_device,
@@ -27,9 +27,11 @@ from .plan import (
     BLOCK_SIZE_MULTIPLE,
     HEAD_SIZES,
     QUERY_DTYPES,
+    QUERY_FP8_DTYPE,
     AttentionPlan,
     Config,
     Shape,
+    kv_dtypes_for,
     unsupported_kv_dtype,
 )
 from .prefill import prefill_kernel
@@ -44,11 +46,14 @@ FEATURES = (
     "prefix_lens",
     "output_scale",
 )
-OPTIONAL = ("k_scale", "v_scale", "output_lse", *FEATURES)
+OPTIONAL = ("q_scale", "k_scale", "v_scale", "output_lse", *FEATURES)
 # What is indexed by the sequence, and so may be longer than the batch.
 PER_SEQUENCE = ("causal", "mm_prefix_range", "prefix_lens")
-# What the Hopper prefill kernel does not take.
-PORTABLE = ("k_scale", "v_scale", *FEATURES)
+# What the Hopper prefill kernels do not take.
+PORTABLE = {
+    "16-bit": {"q_scale", "k_scale", "v_scale", *FEATURES} - {"sinks"},
+    "fp8": set(FEATURES),
+}
 
 
 class Options(NamedTuple):
@@ -74,7 +79,7 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
     query, key_cache = specs["query"], specs["key_cache"]
     rows = ("num_tokens", "num_query_heads", "head_size")
     check_shape("query", query, rows, (None, None, None))
-    check_dtype("query", query, QUERY_DTYPES)
+    check_dtype("query", query, (*QUERY_DTYPES, QUERY_FP8_DTYPE))
     _, num_query_heads, head_size = query.shape
     if head_size not in HEAD_SIZES:
         allowed = f"{HEAD_SIZES.start} to {HEAD_SIZES.stop - 1}"
@@ -82,6 +87,8 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
     check_shape("output", specs["output"], rows, query.shape)
     if "output_scale" in specs:
         check_dtype("output", specs["output"], FP8_DTYPES, "output_scale needs fp8.")
+    elif query.dtype == QUERY_FP8_DTYPE:
+        check_dtype("output", specs["output"], QUERY_DTYPES, "Or pass output_scale.")
     else:
         advice = "It needs query's dtype, or an output_scale."
         check_dtype("output", specs["output"], (query.dtype,), advice)
@@ -93,7 +100,7 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
     )
     check_shape("key_cache", key_cache, pages, (None, None, None, head_size), advice)
     advice = "View a cache of bytes with cache.view(torch.float8_e4m3fn)."
-    check_dtype("key_cache", key_cache, (query.dtype, *FP8_DTYPES), advice)
+    check_dtype("key_cache", key_cache, kv_dtypes_for(query.dtype), advice)
     _, block_size, num_kv_heads, _ = key_cache.shape
     if block_size == 0 or block_size % BLOCK_SIZE_MULTIPLE:
         allowed = f"a multiple of {BLOCK_SIZE_MULTIPLE}"
@@ -133,7 +140,7 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
         check_integers("mm_prefix_range", specs, ("num_seqs", "num_ranges", "2"))
     if "prefix_lens" in specs:
         check_integers("prefix_lens", specs, ("num_seqs",))
-    for name in ("k_scale", "v_scale", "output_scale"):
+    for name in ("q_scale", "k_scale", "v_scale", "output_scale"):
         if spec := specs.get(name):
             check_scale(name, spec, "query", query)
     for name, spec in specs.items():
@@ -248,8 +255,12 @@ def reads_pairs(query: TensorSpec, value_cache: TensorSpec, odd: bool) -> bool:
 
 
 def strides_suit_tma(*specs: TensorSpec) -> bool:
-    """Whether TMA, which steps in units of 16 bytes, can read them; of 16 bits."""
-    return all(stride % 8 == 0 for spec in specs for stride in spec.strides[:-1])
+    """Whether TMA, which steps in units of 16 bytes, can read them."""
+    return all(
+        stride * spec.dtype.itemsize % 16 == 0
+        for spec in specs
+        for stride in spec.strides[:-1]
+    )
 
 
 def is_aligned(*tensors: torch.Tensor) -> bool:
@@ -263,7 +274,7 @@ class Launches(NamedTuple):
     decode: Launch
     prefill: Launch
     boxes: Launch | None  # prefill with K and V read in boxes, where addresses suit
-    hopper: bool  # strides and options suit the Hopper prefill kernel
+    hopper: bool  # strides and options suit the Hopper prefill kernel of the plan
 
 
 # By what `layer_key` says of a call.
@@ -325,6 +336,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
             arguments,
             dict(
                 PACK=plan.prefill_pack,
+                ITEM_TILES=plan.prefill_rows // config.block_m,
                 HEAD_LANES=plan.head_lanes,
                 MASKED_TILE=config.masked_tile or config.tile,
                 PAIRED_VALUES=pairs and config.block_m < WGMMA_ROWS,
@@ -337,9 +349,11 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
     if plan.prefill_boxes and strides_suit_tma(specs["key_cache"], specs["value_cache"]):
         boxes = plan_prefill(plan.prefill_boxes)
     hopper = (
-        plan.hopper
+        plan.hopper is not None
         and sight.chunk_lookback < 0
-        and specs.keys().isdisjoint(PORTABLE)
+        and specs.keys().isdisjoint(PORTABLE[plan.hopper])
+        and specs["output"].dtype in hopper_prefill.DTYPES
+        and (lse is None or lse.strides[0] == shape.num_query_heads)
         and strides_suit_tma(
             specs["query"], specs["key_cache"], specs["value_cache"]
         )
@@ -361,6 +375,7 @@ def varlen_attention(
     causal: bool | torch.Tensor = True,
     softcap: float = 0.0,
     sliding_window: int | None = None,
+    q_scale: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     output_lse: torch.Tensor | None = None,
@@ -382,13 +397,15 @@ def varlen_attention(
     hold anything.
 
     Args:
-        query: [num_tokens, num_query_heads, head_size] float16, bfloat16 or float32;
-            rows past query_start_loc[-1] are padding.
+        query: [num_tokens, num_query_heads, head_size] float16, bfloat16 or float32, or
+            float8_e4m3fn over a cache of the same; rows past query_start_loc[-1] are
+            padding.
         key_cache: [num_blocks, block_size, num_kv_heads, head_size] of query's dtype
             or float8, any strides but 1 in the last dimension.
         value_cache: as key_cache, with strides of its own.
-        output: [num_tokens, num_query_heads, head_size] of query's dtype, written in
-            place; rows of no sequence stay as they are.
+        output: [num_tokens, num_query_heads, head_size] of query's dtype, for a query
+            in float8 of float16, bfloat16 or float32; written in place, rows of no
+            sequence stay as they are.
         query_start_loc: [num_seqs + 1] int32, first row of each sequence in query.
         seq_lens: [num_seqs] int32, context and new tokens.
         block_table: [num_seqs, max_blocks] int32, the pages of each sequence.
@@ -400,6 +417,7 @@ def varlen_attention(
         softcap: logits become softcap * tanh(logits / softcap); 0: they stay.
         sliding_window: a token sees only this many keys, its own included; if not
             causal, keys less than this far away on both sides. None: all.
+        q_scale: [1] float32, what the query was divided by.
         k_scale: [1] float32, what the cached keys were divided by.
         v_scale: [1] float32, what the cached values were divided by.
         output_lse: [num_tokens, num_query_heads] float32, receives the natural
@@ -443,6 +461,7 @@ def varlen_attention(
         query_start_loc=query_start_loc,
         seq_lens=seq_lens,
         block_table=block_table,
+        q_scale=q_scale,
         k_scale=k_scale,
         v_scale=v_scale,
         output_lse=output_lse,
@@ -525,6 +544,7 @@ def varlen_attention(
         schedule.sequences,
         *schedule.partials,
         schedule.arrivals,
+        q_scale,
         k_scale,
         v_scale,
         *features,
@@ -533,7 +553,11 @@ def varlen_attention(
     if num_items == 0:
         return
     if launches.hopper and is_aligned(query, key_cache, value_cache):
-        hopper_prefill.hopper_prefill(
+        prefill, extras = hopper_prefill.hopper_prefill, dict(sinks=sinks)
+        if plan.hopper == "fp8":
+            prefill = hopper_fp8_prefill.hopper_fp8_prefill
+            extras = dict(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
+        prefill(
             query,
             key_cache,
             value_cache,
@@ -546,6 +570,7 @@ def varlen_attention(
             sliding_window=sliding_window,
             softcap=softcap,
             output_lse=output_lse,
+            **extras,
         )
     else:
         launch, boxes = launches.prefill, (None, None)
@@ -561,9 +586,13 @@ def varlen_attention(
             value_cache,
             block_table,
             schedule.work,
+            q_scale,
             k_scale,
             v_scale,
             *features,
             descriptors=boxes,
-            grid=(shape.num_query_heads // plan.prefill_pack, num_items),
+            grid=(
+                shape.num_query_heads // plan.prefill_pack,
+                num_items * (plan.prefill_rows // plan.prefill.block_m),
+            ),
         )
