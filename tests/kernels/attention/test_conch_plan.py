@@ -84,3 +84,30 @@ def test_scratch_holds_every_plan_of_a_schedule(decode_query_len, group):
     rows = schedule.partials[0].shape[1]
     for max_query_len in (1, decode_query_len, MAX_DECODE_QUERY_LEN, 17, 1000):
         assert schedule.plan_for(max_query_len).decode.block_m <= rows
+
+
+def test_kv_heads_go_abreast_where_that_is_faster():
+    bf16 = Shape(32, 8, 128, 16, torch.bfloat16, torch.bfloat16)
+    assert make_plan(bf16, DEVICES["H200"], 1).abreast_tiles == 48
+    one_head = bf16._replace(num_query_heads=8, num_kv_heads=1)
+    fp8 = bf16._replace(kv_dtype=torch.float8_e4m3fn)
+    for shape in (one_head, fp8):
+        assert make_plan(shape, DEVICES["H200"], 1).abreast_tiles is None
+
+
+@pytest.mark.parametrize(
+    "kv_dtype, device, unpacking",
+    [
+        (torch.float8_e4m3fn, "H200", "ptx"),
+        (torch.float8_e4m3fn, "A100", "triton"),
+        (torch.float8_e5m2, "A100", "ptx"),
+        (torch.float8_e5m2, "MI300X", "triton"),
+        (torch.float8_e4m3fnuz, "MI300X", "triton"),
+        (torch.float8_e4m3fn, "interpreter", "triton"),
+    ],
+)
+def test_fp8_values_are_taken_apart_with_what_the_device_has(
+    kv_dtype, device, unpacking
+):
+    shape = Shape(32, 8, 128, 16, torch.bfloat16, kv_dtype)
+    assert make_plan(shape, DEVICES[device], 1).unpacking == unpacking
