@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The plan for devices that need not be there: every shape gets tiles that can run."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -421,3 +422,30 @@ def test_fp8_caches_keep_off_wgmma(query, head_size):
     shape = Shape(64, 1, head_size, 16, query, torch.float8_e4m3fn)
     plan = make_plan(shape, DEVICES["H200"], MAX_DECODE_QUERY_LEN)
     assert plan.decode.block_m < 64 and plan.prefill.block_m < 64
+
+
+def test_kv_heads_go_abreast_where_that_is_faster():
+    bf16 = Shape(32, 8, 128, 16, torch.bfloat16, torch.bfloat16)
+    assert make_plan(bf16, DEVICES["H200"], 1).abreast_tiles == 48
+    one_head = bf16._replace(num_query_heads=8, num_kv_heads=1)
+    fp8 = bf16._replace(kv_dtype=torch.float8_e4m3fn)
+    for shape in (one_head, fp8):
+        assert make_plan(shape, DEVICES["H200"], 1).abreast_tiles is None
+
+
+@pytest.mark.parametrize(
+    "kv_dtype, device, unpacking",
+    [
+        (torch.float8_e4m3fn, "H200", "ptx"),
+        (torch.float8_e4m3fn, "A100", "triton"),
+        (torch.float8_e5m2, "A100", "ptx"),
+        (torch.float8_e5m2, "MI300X", "triton"),
+        (torch.float8_e4m3fnuz, "MI300X", "triton"),
+        (torch.float8_e4m3fn, "interpreter", "triton"),
+    ],
+)
+def test_fp8_values_are_taken_apart_with_what_the_device_has(
+    kv_dtype, device, unpacking
+):
+    shape = Shape(32, 8, 128, 16, torch.bfloat16, kv_dtype)
+    assert make_plan(shape, DEVICES[device], 1).unpacking == unpacking

@@ -3,6 +3,7 @@
 """VarlenSchedule: how work is cut must not show in the result, from step to step."""
 
 import dataclasses
+from collections import defaultdict
 from random import Random
 
 import pytest
@@ -20,6 +21,7 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     poisoned_scratch,
     update,
 )
+from vllm.attention.ops.conch.plan import MAX_DECODE_QUERY_LEN
 
 LONG = 20000 if ON_GPU else 300
 BATCHES = {
@@ -33,18 +35,142 @@ BATCHES = {
 }
 
 
+FP8_CACHE = {"kv_dtype": torch.float8_e5m2, "dtype": HALF_DTYPES[-1]}
+# Heads one after the other on one line of tiles, or abreast.
+ORDERS = {"in_line": None, "abreast": 1}
+in_both_orders = pytest.mark.parametrize(
+    "abreast_tiles", ORDERS.values(), ids=ORDERS.keys()
+)
+
+
+def planned(
+    schedule: VarlenSchedule,
+    *,
+    tile: int | None = None,
+    abreast_tiles: int | None = None,
+) -> VarlenSchedule:
+    """The schedule with other choices than its plan's."""
+    chosen = schedule.plan_for
+
+    def plan_for(max_query_len: int):
+        plan = dataclasses.replace(chosen(max_query_len), abreast_tiles=abreast_tiles)
+        if tile is None:
+            return plan
+        return dataclasses.replace(
+            plan,
+            decode=dataclasses.replace(plan.decode, tile=tile),
+            prefill=dataclasses.replace(plan.prefill, tile=tile),
+        )
+
+    schedule.plan_for = plan_for
+    return schedule
+
+
+@in_both_orders
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 7, 16, 41])
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
-def test_any_number_of_workers(lengths, num_workers):
+def test_any_number_of_workers(lengths, num_workers, abreast_tiles):
     batch = make_batch(lengths, dtype=torch.float32)
-    check(batch, update(make_schedule(batch, num_workers=num_workers), batch))
+    schedule = make_schedule(batch, num_workers=num_workers)
+    check(batch, update(planned(schedule, abreast_tiles=abreast_tiles), batch))
 
 
-@pytest.mark.parametrize("options", [{"sliding_window": 50}, {"causal": False}])
+@in_both_orders
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sliding_window": 50},
+        {"causal": False},
+        FP8_CACHE,
+        FP8_CACHE | {"sliding_window": 50},
+        FP8_CACHE | {"causal": False},
+    ],
+)
 @pytest.mark.parametrize("num_workers", [3, 16])
-def test_workers_with_masks(num_workers, options):
+def test_workers_with_masks(num_workers, options, abreast_tiles):
     batch = make_batch(BATCHES["ragged"], **options)
-    check(batch, update(make_schedule(batch, num_workers=num_workers), batch))
+    schedule = make_schedule(batch, num_workers=num_workers)
+    check(batch, update(planned(schedule, abreast_tiles=abreast_tiles), batch))
+
+
+def parts_of_rows(schedule: VarlenSchedule) -> dict[tuple, list[tuple]]:
+    """By row (sequence, tile of query rows, KV head): (keys' tiles, place) of its parts.
+
+    Follows a worker over its piece as the decode kernel does; for causal batches
+    without a window.
+    """
+    shape, config = schedule.shape, schedule.plan.decode
+    sequences = schedule.sequences.tolist()
+    parts = defaultdict(list)
+    for record in schedule.workers.tolist():
+        entry, kv_head, m_block, tile, remaining, _, abreast, piece, first = record[4:13]
+        if remaining:
+            assert record[:4] == sequences[entry]
+        while remaining:
+            sequence, _, query_len, seq_len = sequences[entry]
+            end = min(tile + remaining, max(-(-seq_len // config.tile), 1))
+            parts[sequence, m_block, kv_head].append((range(tile, end), first + piece))
+            remaining -= end - tile
+            tile = 0
+            kv_head += abreast
+            if kv_head >= shape.num_kv_heads:
+                kv_head, m_block = kv_head - shape.num_kv_heads, m_block + 1
+            if m_block == -(-query_len * shape.group // config.block_m):
+                entry, m_block = entry + 1, 0
+    return parts
+
+
+@in_both_orders
+@pytest.mark.parametrize("num_workers", [3, 4, 16, 200])
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+@pytest.mark.parametrize("name", ["one_long", "ragged", "verify", "short", "mixed"])
+def test_every_tile_is_in_one_part(name, num_kv_heads, num_workers, abreast_tiles):
+    batch = make_batch(BATCHES[name], num_query_heads=16, num_kv_heads=num_kv_heads)
+    schedule = make_schedule(batch, num_workers=num_workers)
+    schedule.workers.fill_(12345)
+    update(planned(schedule, abreast_tiles=abreast_tiles), batch)
+    config = schedule.plan.decode
+    mixed = batch.max_query_len > MAX_DECODE_QUERY_LEN
+    most = schedule.decode_query_len if mixed else MAX_DECODE_QUERY_LEN
+    rows = {
+        (sequence, m_block, kv_head): max(-(-seq_len // config.tile), 1)
+        for sequence, (query_len, seq_len) in enumerate(BATCHES[name])
+        for m_block in range(-(-query_len * 16 // num_kv_heads // config.block_m))
+        for kv_head in range(num_kv_heads)
+        if query_len <= most
+    }
+    parts = parts_of_rows(schedule)
+    assert parts.keys() == rows.keys()
+    for row, num_tiles in rows.items():
+        parts[row].sort(key=lambda part: part[0].start)
+        tiles = [tile for part, _ in parts[row] for tile in part]
+        assert tiles == list(range(num_tiles))
+        # Those who combine a row find its parts at consecutive places.
+        places = [place for _, place in parts[row]]
+        assert places == list(range(places[0], places[0] + len(places)))
+        assert 0 <= places[0] and places[-1] < num_workers
+    # Nobody goes on with two rows, or leaves two, at one place.
+    for end in (0, -1):
+        cut = [p[end][1] for p in parts.values() if len(p) > 1]
+        assert len(cut) == len(set(cut))
+
+
+@in_both_orders
+def test_heads_abreast_are_read_at_the_same_time(abreast_tiles):
+    batch = make_batch([(1, LONG)], num_kv_heads=4)
+    schedule = make_schedule(batch, num_workers=12)
+    update(planned(schedule, abreast_tiles=abreast_tiles), batch)
+    heads = schedule.workers[schedule.workers[:, 8] > 0, 5].tolist()
+    assert heads == ([0, 1, 2, 3] * 3 if abreast_tiles else sorted(heads))
+
+
+@pytest.mark.parametrize("abreast_tiles", [19, 20])
+def test_heads_go_abreast_from_a_number_of_tiles(abreast_tiles):
+    batch = make_batch([(1, 16 * 38)], num_kv_heads=2)
+    schedule = make_schedule(batch, num_workers=4)
+    # 2 heads of 38 tiles are 19 for each of 4 workers.
+    update(planned(schedule, tile=16, abreast_tiles=abreast_tiles), batch)
+    assert schedule.workers[:, 10].tolist() == [2 if abreast_tiles == 19 else 1] * 4
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 4])
@@ -66,6 +192,17 @@ def test_a_long_decode_keeps_all_workers_busy(neighbours):
     check(batch, update(schedule, batch))
     written = schedule.partials[0].isfinite().flatten(1).any(1)
     assert written.sum() == schedule.num_workers
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 37}, {"causal": False}])
+@pytest.mark.parametrize("block_size", [16, 48, 64, 80])
+@pytest.mark.parametrize("tile", [32, 64])
+def test_tiles_against_pages(tile, block_size, options):
+    """A tile is part of a page, some whole pages, or begins and ends in two."""
+    for lengths in [(1, 150), (1, 65), (4, 63)], [(1, 129), (40, 150), (20, 20)]:
+        batch = make_batch(lengths, num_kv_heads=1, block_size=block_size, **options)
+        schedule = make_schedule(batch, num_workers=3, portable=True)
+        check(batch, update(planned(schedule, tile=tile), batch))
 
 
 def test_one_schedule_serves_changing_batches():
@@ -97,10 +234,12 @@ def test_more_sequences_than_the_schedule_kernel_reads_at_once(prefill):
     check(batch, update(make_schedule(batch, num_workers=3), batch))
 
 
+@in_both_orders
 @pytest.mark.parametrize("name", ["ragged", "verify", "mixed"])
-def test_bitwise_repeatable(name):
+def test_bitwise_repeatable(name, abreast_tiles):
     batch = make_batch(BATCHES[name], dtype=HALF_DTYPES[-1])
     schedule = make_schedule(batch, num_workers=None if ON_GPU else 6)
+    schedule = planned(schedule, abreast_tiles=abreast_tiles)
     expected, expected_lse = attend(batch, update(schedule, batch))
     for _ in range(100 if ON_GPU else 2):
         output, lse = attend(batch, schedule)

@@ -304,6 +304,22 @@ def test_fp8_cache_decodes_every_value(kv_dtype):
     assert (output[:, 0] == values.half()).all()
 
 
+@gpu_only
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("lengths", DECODE_AND_MIXED)
+@pytest.mark.parametrize("kv_dtype", KV_FP8_DTYPES)
+def test_fp8_values_are_the_same_however_they_are_taken_apart(kv_dtype, lengths, dtype):
+    batch = make_batch(lengths, kv_dtype=kv_dtype, dtype=dtype)
+    schedule = update(make_schedule(batch), batch)
+    if schedule.plan.unpacking != "ptx":
+        pytest.skip("taken apart by Triton on this device")
+    outputs = []
+    for unpacking in ("ptx", "triton"):
+        schedule.plan = dataclasses.replace(schedule.plan, unpacking=unpacking)
+        outputs.append(attend(batch, schedule)[0])
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", [[(1, 1), (1, 70), (3, 40)], [(1, 1), (30, 70)]])
 def test_zero_keys_average_the_values(lengths, dtype):

@@ -75,11 +75,14 @@ def schedule_decode(
     query_start_loc_ptr, seq_lens_ptr, workers_ptr, sequences_ptr, arrivals_ptr,
     num_seqs, decode_query_len, window, ranges, prefix_ptr, first_worker,
     NUM_WORKERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr,
-    CHUNK_LOOKBACK: tl.constexpr, RANGES_IN_WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr, ABREAST_TILES: tl.constexpr,
+    WINDOWED: tl.constexpr, CHUNK_LOOKBACK: tl.constexpr,
+    RANGES_IN_WINDOW: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Gives LANES workers their pieces; the first program also lists the sequences."""
+    """Gives LANES workers their pieces; the first program also lists the sequences.
+
+    All heads are one line of tiles, or, abreast, each has a line of its own.
+    """
     total = 0
     for start in range(0, num_seqs, BLOCK):
         sequence, _, query_len, seq_len = load_lengths(
@@ -91,15 +94,25 @@ def schedule_decode(
             RANGES_IN_WINDOW,
         )  # fmt: skip
         total += tl.sum(tiles)
-    tiles_per_worker = tl.maximum(tl.cdiv(total, NUM_WORKERS), 1)
+    tiles_per_piece = tl.maximum(tl.cdiv(total, NUM_WORKERS), 1)
+    abreast = 1
+    if ABREAST_TILES is not None and NUM_WORKERS % NUM_KV_HEADS == 0:
+        abreast = tl.where(tiles_per_piece >= ABREAST_TILES, NUM_KV_HEADS, 1)
 
     worker = first_worker + tl.arange(0, LANES)
-    begin = worker * tiles_per_worker  # on the line of tiles
-    piece = tl.minimum(tl.maximum(total - begin, 0), tiles_per_worker)
+    first_head = worker % abreast
+    piece = worker // abreast
+    begin = piece * tiles_per_piece  # on the line of tiles
+    num_tiles = tl.minimum(
+        tl.maximum(total // abreast - begin, 0), tiles_per_piece
+    )
     record = workers_ptr + worker * WORKER_FIELDS
     valid = worker < NUM_WORKERS
-    tl.store(record + 7, piece, mask=valid)
-    tl.store(record + 8, tiles_per_worker + worker * 0, mask=valid)
+    tl.store(record + 8, num_tiles, mask=valid)
+    tl.store(record + 9, tiles_per_piece + worker * 0, mask=valid)
+    tl.store(record + 10, abreast + worker * 0, mask=valid)
+    tl.store(record + 11, piece, mask=valid)
+    tl.store(record + 12, first_head * (NUM_WORKERS // abreast), mask=valid)
     tl.store(arrivals_ptr + worker, worker * 0, mask=valid)
     line = 0
     listed = 0
@@ -112,6 +125,7 @@ def schedule_decode(
             NUM_KV_HEADS, GROUP, BLOCK_M, TILE, WINDOWED, CHUNK_LOOKBACK,
             RANGES_IN_WINDOW,
         )  # fmt: skip
+        tiles //= abreast
         end = line + tl.cumsum(tiles, 0)
         is_decode = tiles > 0
         entry = listed + tl.cumsum(is_decode.to(tl.int32), 0) - 1
@@ -122,13 +136,16 @@ def schedule_decode(
         found = valid & (tl.sum(match.to(tl.int32), 1) > 0)
         row_length = tl.maximum(pick(match, row_tiles), 1)
         within = begin - pick(match, end - tiles)
+        row = within // row_length
+        heads = NUM_KV_HEADS // abreast
         tl.store(record, pick(match, sequence), mask=found)
         tl.store(record + 1, pick(match, query_start), mask=found)
         tl.store(record + 2, pick(match, query_len), mask=found)
         tl.store(record + 3, pick(match, seq_len), mask=found)
         tl.store(record + 4, pick(match, entry), mask=found)
-        tl.store(record + 5, within // row_length, mask=found)
-        tl.store(record + 6, within % row_length, mask=found)
+        tl.store(record + 5, row % heads * abreast + first_head, mask=found)
+        tl.store(record + 6, row // heads, mask=found)
+        tl.store(record + 7, within % row_length, mask=found)
         if first_worker == 0:
             listing = sequences_ptr + entry * SEQUENCE_FIELDS
             tl.store(listing, sequence, mask=is_decode)
@@ -258,6 +275,7 @@ def schedule_kernel(
     GROUP: tl.constexpr,
     DECODE_BLOCK_M: tl.constexpr,
     DECODE_TILE: tl.constexpr,
+    ABREAST_TILES: tl.constexpr,  # heads abreast from so many tiles a worker; or None
     PREFILL_PACK: tl.constexpr,
     PREFILL_BLOCK_M: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -273,8 +291,8 @@ def schedule_kernel(
             query_start_loc_ptr, seq_lens_ptr, workers_ptr, sequences_ptr, arrivals_ptr,
             num_seqs, decode_query_len, window, (ranges_ptr, num_ranges), prefix_ptr,
             program * LANES,
-            NUM_WORKERS, NUM_KV_HEADS, GROUP, DECODE_BLOCK_M, DECODE_TILE, WINDOWED,
-            CHUNK_LOOKBACK, RANGES_IN_WINDOW, BLOCK, LANES,
+            NUM_WORKERS, NUM_KV_HEADS, GROUP, DECODE_BLOCK_M, DECODE_TILE,
+            ABREAST_TILES, WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW, BLOCK, LANES,
         )  # fmt: skip
     else:
         schedule_prefill(
@@ -547,6 +565,7 @@ class VarlenSchedule:
             GROUP=self.shape.group,
             DECODE_BLOCK_M=plan.decode.block_m,
             DECODE_TILE=plan.decode.tile,
+            ABREAST_TILES=plan.abreast_tiles,
             PREFILL_PACK=plan.prefill_pack,
             PREFILL_BLOCK_M=plan.prefill_rows,
             **sight.constants(),

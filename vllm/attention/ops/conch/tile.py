@@ -238,10 +238,35 @@ def weigh_tile(
 
 
 @triton.jit
-def unpack_pairs(pairs, FP8: tl.constexpr, DTYPE: tl.constexpr):
-    """The even and the odd elements of fp8 pairs that were loaded as int16."""
-    even = (pairs & 0xFF).to(tl.int8).to(FP8, bitcast=True).to(DTYPE)
-    odd = (pairs >> 8).to(tl.int8).to(FP8, bitcast=True).to(DTYPE)
+def unpack_pairs(pairs, FP8: tl.constexpr, DTYPE: tl.constexpr, HOW: tl.constexpr):
+    """The even and the odd elements of fp8 pairs that were loaded as int16.
+
+    HOW is "triton", or "ptx" for NVIDIA GPUs and fp16, with the same result: of two
+    pairs, bytes 0 to 3, the even ones become one register and the odd ones another.
+    """
+    if HOW == "triton":
+        even = (pairs & 0xFF).to(tl.int8).to(FP8, bitcast=True).to(DTYPE)
+        odd = (pairs >> 8).to(tl.int8).to(FP8, bitcast=True).to(DTYPE)
+    else:
+        tl.static_assert(DTYPE == tl.float16)
+        if FP8 == tl.float8e5:  # the upper byte of an fp16
+            CODE: tl.constexpr = """
+                prmt.b32 $0, $2, 0, 0x2404;
+                prmt.b32 $1, $2, 0, 0x3414;
+            """
+        else:
+            tl.static_assert(FP8 == tl.float8e4nv)
+            CODE: tl.constexpr = """{
+                .reg .b32 sorted;
+                .reg .b16 even, odd;
+                prmt.b32 sorted, $2, 0, 0x3120;
+                mov.b32 {even, odd}, sorted;
+                cvt.rn.f16x2.e4m3x2 $0, even;
+                cvt.rn.f16x2.e4m3x2 $1, odd;
+            }"""
+        even, odd = tl.inline_asm_elementwise(
+            CODE, "=r,=r,r", [pairs], (tl.float16, tl.float16), is_pure=True, pack=2
+        )
     return even, odd
 
 
@@ -276,7 +301,8 @@ def attend_tiles(
 
     PAIRED_VALUES, for fp8: matrix units want keys side by side, which shared memory
     can turn around for elements of 16 bits only. V is read in pairs of elements, and
-    acc is a pair of [M, D / 2], of the even and of the odd elements.
+    acc is a pair of [M, D / 2], of the even and of the odd elements. The value, if not
+    None, says how `unpack_pairs` takes them apart.
     """
     acc, row_max, row_sum = state
     MASK_DIMS: tl.constexpr = HEAD_SIZE != HEAD_PADDED
@@ -284,7 +310,7 @@ def attend_tiles(
         BLOCK_SIZE % TILE == 0 or TILE % BLOCK_SIZE == 0
     )
     dims = tl.arange(0, HEAD_PADDED)
-    if PAIRED_VALUES:
+    if PAIRED_VALUES is not None:
         even, odd = acc
         pair_dims = tl.arange(0, HEAD_PADDED // 2)
         pair_ptr = value_ptr.to(tl.pointer_type(tl.int16))
@@ -320,7 +346,7 @@ def attend_tiles(
         weights = weights.to(query.dtype)
         # V: [TILE, D], or [TILE, D / 2] pairs
         offsets = (page * value_strides[0] + slot * value_strides[1])[:, None]
-        if PAIRED_VALUES:
+        if PAIRED_VALUES is not None:
             pairs = load_tile(
                 pair_ptr + offsets // 2 + pair_dims[None, :],
                 valid[:, None],
@@ -329,7 +355,7 @@ def attend_tiles(
                 MASK_DIMS,
             )
             value, value_odd = unpack_pairs(
-                pairs, value_ptr.dtype.element_ty, query.dtype
+                pairs, value_ptr.dtype.element_ty, query.dtype, PAIRED_VALUES
             )
             even = tl.dot(weights, value, even * decay[:, None])
             odd = tl.dot(weights, value_odd, odd * decay[:, None])
@@ -351,7 +377,7 @@ def attend_tiles(
             )
         if AHEAD:
             coming = page_numbers(block_row, tile + 1, tiles[1], BLOCK_SIZE, TILE)
-    if PAIRED_VALUES:
+    if PAIRED_VALUES is not None:
         acc = (even, odd)
     return acc, row_max, row_sum
 
@@ -361,7 +387,7 @@ def start_state(
     BLOCK_M: tl.constexpr, HEAD_PADDED: tl.constexpr, PAIRED_VALUES: tl.constexpr
 ):
     """What `attend_tiles` starts from."""
-    if PAIRED_VALUES:
+    if PAIRED_VALUES is not None:
         half = tl.zeros([BLOCK_M, HEAD_PADDED // 2], tl.float32)
         acc = (half, half)
     else:
@@ -375,7 +401,7 @@ def whole(
     acc, BLOCK_M: tl.constexpr, HEAD_PADDED: tl.constexpr, PAIRED_VALUES: tl.constexpr
 ):
     """[M, D] accumulator of the state of `attend_tiles`."""
-    if PAIRED_VALUES:
+    if PAIRED_VALUES is not None:
         joined = tl.reshape(tl.join(acc[0], acc[1]), [BLOCK_M, HEAD_PADDED])
     else:
         joined = acc

@@ -316,14 +316,16 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         FP8_MAX=torch.finfo(specs["output"].dtype).max if quantized else None,
         **sight.constants(),
     )
-    pairs = reads_pairs(specs["query"], specs["value_cache"], options.odd_values)
+    pairs = None
+    if reads_pairs(specs["query"], specs["value_cache"], options.odd_values):
+        pairs = plan.unpacking
     decode = Launch(
         decode_kernel,
         (options.num_workers,),
         arguments,
         dict(
             NUM_KV_HEADS=shape.num_kv_heads,
-            PAIRED_VALUES=pairs and plan.decode.block_m < WGMMA_ROWS,
+            PAIRED_VALUES=pairs if plan.decode.block_m < WGMMA_ROWS else None,
             **variant,
             **plan.decode.constants(),
         ),
@@ -339,7 +341,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
                 ITEM_TILES=plan.prefill_rows // config.block_m,
                 HEAD_LANES=plan.head_lanes,
                 MASKED_TILE=config.masked_tile or config.tile,
-                PAIRED_VALUES=pairs and config.block_m < WGMMA_ROWS,
+                PAIRED_VALUES=pairs if config.block_m < WGMMA_ROWS else None,
                 **variant,
                 **config.constants(),
             ),
