@@ -154,6 +154,7 @@ class ConchImplBase(AttentionImpl):
     """Connects vLLM's one call per layer to write_kv_cache() and attend()."""
 
     kv_sharing_target_layer_name: str | None
+    is_encoder: bool
 
     def __init__(self) -> None:
         self.is_warm = False
@@ -174,11 +175,13 @@ class ConchImplBase(AttentionImpl):
         self,
         layer: AttentionLayer,
         query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         metadata: Any,
         output: torch.Tensor,
     ) -> None:
-        """Writes the attention of the new tokens to everything in the cache."""
+        """Writes the new tokens' attention to the cache, in encoders to the batch."""
 
     @abstractmethod
     def warm_up(self, layer: AttentionLayer) -> None:
@@ -202,7 +205,8 @@ class ConchImplBase(AttentionImpl):
             # A dummy run: to profile, while there is no KV cache yet, or to warm up.
             # The engine makes one of the latter before it serves, with graphs or
             # without, so that this compiles the kernels in time.
-            if not self.is_warm and kv_cache.numel() > 0:
+            # Encoders have none at any time.
+            if not self.is_warm and (self.is_encoder or kv_cache.numel() > 0):
                 self.warm_up(layer)
                 self.is_warm = True
             return output.fill_(0)
@@ -214,5 +218,5 @@ class ConchImplBase(AttentionImpl):
             and value is not None
         ):
             self.write_kv_cache(layer, key, value, kv_cache, attn_metadata.slot_mapping)
-        self.attend(layer, query, kv_cache, attn_metadata, output)
+        self.attend(layer, query, key, value, kv_cache, attn_metadata, output)
         return output

@@ -158,11 +158,13 @@ class ConchImplBase(AttentionImpl):
         self,
         layer: AttentionLayer,
         query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         metadata: Any,
         output: torch.Tensor,
     ) -> None:
-        """Writes the attention of the new tokens to everything in the cache."""
+        """Writes the new tokens' attention to the cache, in encoders to the batch."""
 
     @abstractmethod
     def warm_up(self, layer: AttentionLayer) -> None:
@@ -194,7 +196,7 @@ class ConchImplBase(AttentionImpl):
             return output.fill_(0)
         if output_scale is not None or output_block_scale is not None:
             raise ValueError("CONCH does not quantise its output: output_scale given.")
-        self.attend(layer, query, kv_cache, attn_metadata, output)
+        self.attend(layer, query, key, value, kv_cache, attn_metadata, output)
         return output
 
 
