@@ -6,6 +6,7 @@ A test module imports `poisoned_scratch` so that every one of its tests runs wit
 NaN in the memory that CONCH allocates and does not initialise.
 """
 
+import dataclasses
 import math
 import os
 import sys
@@ -25,6 +26,7 @@ from tests.kernels.attention.conch_reference import (
     nan_filled,
     output_tolerance,
     paged_attention,
+    sequence_rule,
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -81,6 +83,26 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.fill_(True if tensor.dtype == torch.bool else 0x71)
 
 
+POSITIONAL = (
+    "query",
+    "key_cache",
+    "value_cache",
+    "query_start_loc",
+    "seq_lens",
+    "block_table",
+    "max_query_len",
+)
+NO_OPTIONS = (*POSITIONAL, "output_dtype")
+
+
+MASK_FEATURES = (
+    "mm_prefix_range",
+    "mm_prefix_in_window",
+    "prefix_lens",
+    "chunk_lookback",
+)
+
+
 @dataclass
 class Batch:
     """The tensors of one `varlen_attention` call and the options that shape them."""
@@ -93,11 +115,21 @@ class Batch:
     block_table: torch.Tensor
     max_query_len: int
     scale: float
-    causal: bool = True
+    causal: bool | torch.Tensor = True
     softcap: float = 0.0
     sliding_window: int | None = None
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    alibi_sqrt: bool = False
+    mm_prefix_range: torch.Tensor | None = None
+    mm_prefix_in_window: bool = False
+    prefix_lens: torch.Tensor | None = None
+    chunk_lookback: int = -1
+    output_scale: torch.Tensor | None = None
+    output_dtype: torch.dtype | None = None
+    """Of the output, if it is quantised."""
 
     @property
     def num_live_tokens(self) -> int:
@@ -105,7 +137,8 @@ class Batch:
 
     @property
     def options(self) -> dict:
-        names = ("scale", "causal", "softcap", "sliding_window", "k_scale", "v_scale")
+        fields = dataclasses.fields(self)
+        names = [field.name for field in fields if field.name not in NO_OPTIONS]
         return {name: getattr(self, name) for name in names}
 
     def reference(self, dtype: torch.dtype = torch.float64) -> Attention:
@@ -171,24 +204,27 @@ def make_batch(
     shared_pages: int = 0,
     logit_std: float = 1.0,
     value_mean: float = 0.5,
-    causal: bool = True,
+    causal: bool | torch.Tensor = True,
     softcap: float = 0.0,
     sliding_window: int | None = None,
     k_scale: float | None = None,
     v_scale: float | None = None,
     seed: int = 0,
     device: torch.device | str = DEVICE,
+    **features,
 ) -> Batch:
     """A batch of sequences of (query_len, seq_len) with poison wherever none reads.
 
     NaN stands in block 0, in every slot past a sequence's end, in every page
     before the window and in the padding rows of the query; the block-table
-    entries of such pages are huge.
+    entries of such pages are huge. Features are further fields of `Batch`.
     """
     torch.manual_seed(seed)
     pages = []
-    for query_len, seq_len in lengths:
-        begin = first_visible_key(query_len, seq_len, sliding_window)
+    rules = {n: features[n] for n in MASK_FEATURES if n in features}
+    rules |= {"causal": causal, "sliding_window": sliding_window}
+    for i, (query_len, seq_len) in enumerate(lengths):
+        begin = first_visible_key(query_len, seq_len, **sequence_rule(i, **rules))
         pages.append((begin // block_size, -(-seq_len // block_size)))
     table, num_blocks = make_block_table(pages, shared_pages)
     cache_shape = (layout, num_blocks, block_size, num_kv_heads, head_size)
@@ -221,6 +257,7 @@ def make_batch(
         sliding_window=sliding_window,
         k_scale=None if k_scale is None else torch.tensor([k_scale], **floats),
         v_scale=None if v_scale is None else torch.tensor([v_scale], **floats),
+        **features,
     )
 
 
@@ -237,6 +274,7 @@ def make_schedule(batch: Batch, **options) -> VarlenSchedule:
         "kv_dtype": batch.key_cache.dtype,
         "device": batch.query.device,
         "sliding_window": batch.sliding_window,
+        "chunk_lookback": batch.chunk_lookback,
     } | options
     return VarlenSchedule(**options)
 
@@ -248,6 +286,9 @@ def update(schedule: VarlenSchedule, batch: Batch) -> VarlenSchedule:
         batch.seq_lens,
         max_query_len=batch.max_query_len,
         num_tokens=len(batch.query),
+        mm_prefix_range=batch.mm_prefix_range,
+        mm_prefix_in_window=batch.mm_prefix_in_window,
+        prefix_lens=batch.prefix_lens,
     )
     return schedule
 
@@ -283,19 +324,20 @@ def attend(
     buffer = torch.full(
         (num_tokens, num_heads + 1, head_size),
         SENTINEL,
-        dtype=batch.query.dtype,
+        dtype=batch.output_dtype or batch.query.dtype,
         device=batch.query.device,
     )
+    sentinel = torch.tensor(SENTINEL).to(buffer.dtype).float()
     output = buffer[:, :num_heads]
     lse = torch.full((num_tokens, num_heads), SENTINEL, device=batch.query.device)
     call(batch, output, lse, schedule)
     live = batch.num_live_tokens
     for name, untouched in (
-        ("output rows of no sequence", output[live:]),
-        ("memory between output rows", buffer[:, num_heads:]),
-        ("LSE rows of no sequence", lse[live:]),
+        ("output rows of no sequence", output[live:].float() == sentinel),
+        ("memory between output rows", buffer[:, num_heads:].float() == sentinel),
+        ("LSE rows of no sequence", lse[live:] == SENTINEL),
     ):
-        assert bool((untouched == SENTINEL).all()), f"{name} were written"
+        assert bool(untouched.all()), f"{name} were written"
     return output[:live], lse[:live]
 
 
@@ -303,7 +345,8 @@ def assert_close(
     name: str, actual: torch.Tensor, expected: torch.Tensor, allowed: torch.Tensor
 ) -> None:
     """Fails with the worst element; infinities must match, NaN never does."""
-    error = (actual.double() - expected).abs()
+    actual = actual.double()
+    error = (actual - expected).abs()
     good = (error <= allowed) | (actual == expected)
     if bool(good.all()):
         return
@@ -352,7 +395,14 @@ def compare(
     an error of all logits alike does not move them.
     """
     reference = Attention(*(t[: batch.num_live_tokens] for t in batch.reference()))
+    expected = reference.output
     allowed = output_tolerance(reference, batch.query.dtype, truncated_sums)
-    assert_close("output", output, reference.output, allowed)
+    if batch.output_scale is not None:
+        # Before it is rounded to fp8 the output is still in fp32.
+        limits = torch.finfo(batch.output_dtype)
+        expected, allowed = expected / batch.output_scale, allowed / batch.output_scale
+        expected = expected.clamp(limits.min, limits.max)
+        allowed += limits.eps / 2 * expected.abs().clamp(min=limits.smallest_normal)
+    assert_close("output", output, expected, allowed)
     allowed = lse_tolerance(reference) + batch.softcap * tanh_error
     assert_close("LSE", lse, reference.lse, allowed)

@@ -8,6 +8,7 @@ fp64 unless told otherwise and share no code with the kernels.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,13 +44,19 @@ def visible_keys(
     *,
     causal: bool,
     sliding_window: int | None,
+    ranges: Sequence[tuple[int, int]] = (),
+    ranges_in_window: bool = False,
+    prefix_len: int = 0,
+    chunk_lookback: int = -1,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """The mask [query_len, seq_len - first_key] of who sees which key.
 
     Query i stands at position seq_len - query_len + i, behind the cached context.
     A window of w shows the w keys that end at that position; without causality
-    also the w - 1 keys behind it.
+    also the w - 1 keys behind it, and always those of the prefix.  With a lookback of
+    n it is cut into n + 1 chunks, of which a query sees its own and n before.  Whoever
+    stands in a range (first, last) sees all of it.
     """
     position = seq_len - query_len + torch.arange(query_len, device=device)[:, None]
     key = torch.arange(first_key, seq_len, device=device)[None, :]
@@ -57,8 +64,17 @@ def visible_keys(
     visible = torch.ones_like(distance, dtype=torch.bool)
     if causal:
         visible &= distance >= 0
-    if sliding_window is not None:
-        visible &= distance.abs() < sliding_window
+    if chunk_lookback >= 0:
+        size = sliding_window // (chunk_lookback + 1)
+        visible &= position // size - key // size <= chunk_lookback
+    elif sliding_window is not None:
+        visible &= (distance.abs() < sliding_window) | (key < prefix_len)
+    for first, last in ranges:
+        both = (first <= position) & (position <= last) & (first <= key) & (key <= last)
+        if ranges_in_window and sliding_window is not None:
+            both &= distance < sliding_window
+        if first < last:
+            visible |= both
     return visible
 
 
@@ -70,6 +86,8 @@ def attention(
     *,
     scale: float,
     softcap: float = 0.0,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Attention:
     """Attention of one sequence, computed in `dtype`.
@@ -81,6 +99,8 @@ def attention(
         visible: [query_len, num_keys] bool, see `visible_keys`.
         scale: Multiplies query @ key.
         softcap: Logits become softcap * tanh(logit / softcap); 0 for none.
+        bias: [num_query_heads, query_len, num_keys], added to the logits.
+        sinks: [num_query_heads] logits of a key whose value is 0.
         dtype: Of all arithmetic. The dtype of the query gives what a plain
             half-precision implementation reaches.
     """
@@ -94,8 +114,14 @@ def attention(
         capped = torch.tanh(logits / softcap)
         magnitude = magnitude * (1 - capped**2) + softcap
         logits = softcap * capped
+    if bias is not None:
+        bias = bias.to(dtype).movedim(0, 1).unflatten(1, logits.shape[1:3])
+        logits, magnitude = logits + bias, magnitude + bias.abs()
     logits = logits.masked_fill(~visible[:, None, None, :], -math.inf)
     lse = torch.logsumexp(logits, dim=-1)
+    if sinks is not None:
+        sinks = sinks.to(dtype).unflatten(0, logits.shape[1:3])
+        lse = torch.logaddexp(lse, sinks)
     # A row that sees nothing has lse -inf, and exp(-inf - -inf) would be NaN.
     finite_lse = lse.masked_fill(lse == -math.inf, 0)
     probability = torch.exp(logits - finite_lse[..., None])
@@ -129,17 +155,26 @@ def paged_attention(
     block_table: torch.Tensor,
     *,
     scale: float,
-    causal: bool = True,
+    causal: bool | torch.Tensor = True,
     softcap: float = 0.0,
     sliding_window: int | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    alibi_sqrt: bool = False,
+    mm_prefix_range: torch.Tensor | None = None,
+    mm_prefix_in_window: bool = False,
+    prefix_lens: torch.Tensor | None = None,
+    chunk_lookback: int = -1,
+    output_scale: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Attention:
     """Attention of a batch over a paged cache; arguments as for `varlen_attention`.
 
     Reads nothing that no query sees: neither pages before the window nor slots
-    past a sequence's end. Rows of no sequence come back as `SENTINEL`.
+    past a sequence's end. Rows of no sequence come back as `SENTINEL`. The output is
+    not divided by output_scale.
     """
     num_tokens, num_heads, _ = query.shape
     wide = torch.full_like(query, SENTINEL, dtype=dtype)
@@ -149,19 +184,25 @@ def paged_attention(
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     for i, seq_len in enumerate(lengths):
         start, query_len = starts[i], starts[i + 1] - starts[i]
-        begin = first_visible_key(query_len, seq_len, sliding_window)
+        rule = sequence_rule(
+            i,
+            causal=causal,
+            sliding_window=sliding_window,
+            mm_prefix_range=mm_prefix_range,
+            mm_prefix_in_window=mm_prefix_in_window,
+            prefix_lens=prefix_lens,
+            chunk_lookback=chunk_lookback,
+        )
+        begin = first_visible_key(query_len, seq_len, **rule)
         key = gather_pages(key_cache, block_table[i], begin, seq_len).to(dtype)
         value = gather_pages(value_cache, block_table[i], begin, seq_len).to(dtype)
         key = key if k_scale is None else key * k_scale.to(dtype)
         value = value if v_scale is None else value * v_scale.to(dtype)
-        visible = visible_keys(
-            query_len,
-            seq_len,
-            begin,
-            causal=causal,
-            sliding_window=sliding_window,
-            device=query.device,
-        )
+        visible = visible_keys(query_len, seq_len, begin, **rule, device=query.device)
+        bias = None
+        if alibi_slopes is not None:
+            distance = alibi_distance(query_len, seq_len, begin, alibi_sqrt)
+            bias = alibi_slopes.double()[:, None, None] * distance.to(query.device)
         # Logits of at most 2^26 elements at a time.
         step = max(1, 2**26 // max(1, num_heads * (seq_len - begin)))
         for row in range(0, query_len, step):
@@ -173,6 +214,8 @@ def paged_attention(
                 visible[row : row + step],
                 scale=scale,
                 softcap=softcap,
+                bias=None if bias is None else bias[:, row : row + step],
+                sinks=sinks,
                 dtype=dtype,
             )
             for target, source in zip(whole, part):
@@ -180,11 +223,43 @@ def paged_attention(
     return whole
 
 
-def first_visible_key(query_len: int, seq_len: int, sliding_window: int | None) -> int:
-    """The first key that any query of a sequence sees."""
-    if sliding_window is None:
+def sequence_rule(
+    index: int,
+    *,
+    causal: bool | torch.Tensor,
+    mm_prefix_range: torch.Tensor | None = None,
+    mm_prefix_in_window: bool = False,
+    prefix_lens: torch.Tensor | None = None,
+    **rule,
+) -> dict:
+    """What `visible_keys` asks of one sequence, from the arguments for a batch."""
+    if isinstance(causal, torch.Tensor):
+        causal = bool(causal[index])
+    if mm_prefix_range is not None:
+        rule["ranges"] = mm_prefix_range[index].tolist()
+        rule["ranges_in_window"] = mm_prefix_in_window
+    if prefix_lens is not None:
+        rule["prefix_len"] = int(prefix_lens[index])
+    return rule | {"causal": causal}
+
+
+def first_visible_key(query_len: int, seq_len: int, **rule) -> int:
+    """The first key that any query of a sequence sees; rule as for `visible_keys`."""
+    if rule["sliding_window"] is None:
         return 0
-    return min(max(seq_len - query_len - sliding_window + 1, 0), seq_len)
+    if rule.keys() <= {"causal", "sliding_window"}:
+        return min(max(seq_len - query_len - rule["sliding_window"] + 1, 0), seq_len)
+    visible = visible_keys(query_len, seq_len, 0, **rule).any(0)
+    return int(visible.int().argmax()) if visible.any() else 0
+
+
+def alibi_distance(
+    query_len: int, seq_len: int, first_key: int, sqrt: bool
+) -> torch.Tensor:
+    """What ALiBi multiplies the slopes by, [query_len, seq_len - first_key]."""
+    position = torch.arange(seq_len - query_len, seq_len)[:, None]
+    distance = (torch.arange(first_key, seq_len)[None, :] - position).double()
+    return -(-distance).clamp(min=0).sqrt() if sqrt else distance
 
 
 def _nhd(nb: int, bs: int, h: int, d: int, new) -> tuple[torch.Tensor, torch.Tensor]:
@@ -268,7 +343,9 @@ def output_tolerance(
     additions to one accumulator, of 2^-23 each, all point to zero.
     """
     unit = torch.finfo(dtype).eps / 2
-    rounding = unit * (reference.output.abs() + 4 * reference.output_noise)
+    # Below the smallest normal number the steps of a format no longer shrink.
+    output = reference.output.abs().clamp(min=torch.finfo(dtype).smallest_normal)
+    rounding = unit * (output + 4 * reference.output_noise)
     truncation = truncated_sums * 2.0**-23 * reference.output_size
     return rounding + truncation + 8 * 2.0**-24 * reference.output_drift
 

@@ -42,6 +42,19 @@ def made_for(**options) -> Callable[[Batch], Batch]:
     return lambda batch: make_batch([(1, 20), (3, 3)], **options)
 
 
+def ones(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, device=DEVICE)
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int32, device=DEVICE)
+
+
+def windowed(**fields) -> Callable[[Batch], Batch]:
+    """A batch with a window of 8 and other fields replaced."""
+    return lambda batch: dataclasses.replace(batch, sliding_window=8, **fields)
+
+
 # Argument that the message names, what is wrong, and how a good batch becomes bad.
 BAD_BATCHES = [
     ("query", "2-D", change("query", lambda t: t.flatten(1))),
@@ -90,6 +103,45 @@ BAD_BATCHES = [
     ("k_scale", "two", change("k_scale", lambda t: torch.ones(2, device=DEVICE))),
     ("k_scale", "fp16", change("k_scale", lambda t: torch.ones(1).half().to(DEVICE))),
     ("k_scale", "a number", change("k_scale", lambda t: 2.0)),
+    ("sinks", "heads", change("sinks", lambda t: ones(5))),
+    ("sinks", "2-D", change("sinks", lambda t: ones(4, 1))),
+    ("sinks", "int32", change("sinks", lambda t: ones(4).int())),
+    ("sinks", "stride", change("sinks", lambda t: ones(8)[::2])),
+    ("sinks", "device", change("sinks", lambda t: elsewhere(ones(4)))),
+    ("alibi_slopes", "heads", change("alibi_slopes", lambda t: ones(5))),
+    ("alibi_slopes", "fp16", change("alibi_slopes", lambda t: ones(4).half())),
+    ("alibi_slopes", "stride", change("alibi_slopes", lambda t: ones(8)[::2])),
+    ("alibi_slopes", "device", change("alibi_slopes", lambda t: elsewhere(ones(4)))),
+    ("causal", "float", change("causal", lambda t: ones(2))),
+    ("causal", "2-D", change("causal", lambda t: ones(2, 1).int())),
+    ("causal", "rows", change("causal", lambda t: ones(1).int())),
+    ("causal", "device", change("causal", lambda t: elsewhere(ones(2).int()))),
+    ("mm_prefix_range", "2-D", change("mm_prefix_range", lambda t: zeros(2, 2))),
+    ("mm_prefix_range", "triples", change("mm_prefix_range", lambda t: zeros(2, 1, 3))),
+    ("mm_prefix_range", "rows", change("mm_prefix_range", lambda t: zeros(1, 1, 2))),
+    (
+        "mm_prefix_range",
+        "int64",
+        change("mm_prefix_range", lambda t: zeros(2, 1, 2).long()),
+    ),
+    (
+        "mm_prefix_range",
+        "stride",
+        change("mm_prefix_range", lambda t: zeros(2, 2, 2)[:, :1]),
+    ),
+    ("mm_prefix_range", "a list", change("mm_prefix_range", lambda t: [[(0, 1)]] * 2)),
+    ("prefix_lens", "no window", change("prefix_lens", lambda t: zeros(2))),
+    ("prefix_lens", "int64", windowed(prefix_lens=zeros(2).long())),
+    ("prefix_lens", "rows", windowed(prefix_lens=zeros(1))),
+    ("prefix_lens", "not causal", windowed(prefix_lens=zeros(2), causal=False)),
+    ("prefix_lens", "chunks", windowed(prefix_lens=zeros(2), chunk_lookback=1)),
+    ("chunk_lookback", "no window", change("chunk_lookback", lambda n: 0)),
+    ("chunk_lookback", "empty chunks", windowed(chunk_lookback=8)),
+    ("chunk_lookback", "not causal", windowed(chunk_lookback=1, causal=False)),
+    ("chunk_lookback", "flags", windowed(chunk_lookback=1, causal=zeros(2))),
+    ("output_scale", "two", change("output_scale", lambda t: ones(2))),
+    ("output_scale", "device", change("output_scale", lambda t: elsewhere(ones(1)))),
+    ("output", "not fp8", change("output_scale", lambda t: ones(1))),
     ("v_scale", "two", change("v_scale", lambda t: torch.ones(2, device=DEVICE))),
     ("v_scale", "device", change("v_scale", lambda t: elsewhere(torch.ones(1)))),
 ]
@@ -152,6 +204,26 @@ def test_a_schedule_of_another_layer(other):
     assert_refused("schedule", make_batch(lengths), schedule=schedule)
 
 
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"chunk_lookback": 1},
+        {"mm_prefix_range": zeros(2, 1, 2)},
+        {"mm_prefix_range": zeros(2, 3, 2)},
+        {"mm_prefix_range": zeros(2, 2, 2), "mm_prefix_in_window": True},
+        {"prefix_lens": zeros(2)},
+    ],
+    ids=["chunks", "one_range", "three_ranges", "in_window", "prefix"],
+)
+def test_a_schedule_updated_for_other_limits(features):
+    lengths = [(1, 20), (3, 3)]
+    theirs = make_batch(lengths, sliding_window=8, **features)
+    schedule = update(make_schedule(theirs), theirs)
+    for ours in {}, {"mm_prefix_range": zeros(2, 2, 2)}:
+        batch = make_batch(lengths, sliding_window=8, **ours)
+        assert_refused("schedule", batch, schedule=schedule)
+
+
 def test_a_schedule_that_was_not_updated():
     batch = make_batch([(1, 20), (3, 3)])
     assert_refused("schedule", batch, schedule=make_schedule(batch))
@@ -185,6 +257,7 @@ def test_a_schedule_updated_for_another_number_of_sequences():
         ("kv_dtype", torch.uint8),
         ("decode_query_len", 0),
         ("sliding_window", 0),
+        ("chunk_lookback", 0),
     ],
 )
 def test_bad_schedules(argument, value):
@@ -197,6 +270,17 @@ def test_a_batch_larger_than_the_schedule(argument):
     batch = make_batch([(1, 20), (3, 3)])
     schedule = make_schedule(batch, **{argument: 1})
     with pytest.raises(ValueError, match=argument):
+        update(schedule, batch)
+
+
+@pytest.mark.parametrize("spoil", [torch.Tensor.long, elsewhere, lambda t: t[:1]])
+@pytest.mark.parametrize("argument", ["mm_prefix_range", "prefix_lens"])
+def test_bad_limits_of_an_update(argument, spoil):
+    batch = make_batch([(1, 20), (3, 3)], sliding_window=8)
+    schedule = make_schedule(batch)
+    shape = (2, 1, 2) if argument == "mm_prefix_range" else (2,)
+    batch = dataclasses.replace(batch, **{argument: spoil(zeros(*shape))})
+    with pytest.raises(ValueError, match=rf"\b{argument}\b"):
         update(schedule, batch)
 
 

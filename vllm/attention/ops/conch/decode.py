@@ -13,10 +13,12 @@ the keys (FlashDecoding, Dao et al. 2023), so results do not depend on timing.
 
 from vllm.triton_utils import tl, triton
 
+from .limits import first_seen_key, row_limits
 from .tile import (
     attend_tiles,
     load_query,
     load_scales,
+    load_slopes,
     query_rows,
     row_offsets,
     start_state,
@@ -35,15 +37,10 @@ COMBINE_ROWS: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
-def decode_key_tiles(
-    query_len, seq_len, window, TILE: tl.constexpr, WINDOWED: tl.constexpr
-):
-    """First key, first tile and number of tiles of a decode row, at least one."""
-    first_key = query_len * 0
-    if WINDOWED:
-        first_key = tl.maximum(seq_len - query_len - window + 1, 0)
+def decode_key_tiles(first_key, seq_len, TILE: tl.constexpr):
+    """First tile and number of tiles of a decode row, at least one."""
     first_tile = first_key // TILE
-    return first_key, first_tile, tl.maximum(tl.cdiv(seq_len, TILE) - first_tile, 1)
+    return first_tile, tl.maximum(tl.cdiv(seq_len, TILE) - first_tile, 1)
 
 
 @triton.jit
@@ -126,10 +123,10 @@ def leave_partial(
 
 @triton.jit
 def write_combined(
-    output_ptr, lse_ptr, output_strides, lse_stride, v_scale,
-    partials, first_worker, num_parts, query_start, query_len, kv_head, m_block,
+    target, v_scale, partials, first_worker, num_parts,
+    query_start, query_len, kv_head, m_block,
     GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, FP8: tl.constexpr, FP8_MAX: tl.constexpr,
 ):  # fmt: skip
     """Combines the partials of one decode row and writes its tile of query rows."""
     PARTS: tl.constexpr = 2048 // HEAD_PADDED  # 64 registers a thread
@@ -141,17 +138,25 @@ def write_combined(
             rows, rows < num_rows, BLOCK_M, HEAD_PADDED, PARTS,
         )  # fmt: skip
         write_rows(
-            output_ptr, lse_ptr, output_strides, lse_stride,
-            acc, row_max, row_sum, v_scale, query_start,
+            target, acc, row_max, row_sum, v_scale, query_start,
             (m_block * BLOCK_M + rows) // GROUP,
             kv_head * GROUP + (m_block * BLOCK_M + rows) % GROUP,
-            rows < num_rows, HEAD_SIZE, HEAD_PADDED,
+            rows < num_rows, HEAD_SIZE, HEAD_PADDED, FP8, FP8_MAX,
         )  # fmt: skip
 
 
-# Microbatches slice the block table anywhere: its alignment must make no variant.
+# Microbatches slice what is per sequence anywhere: alignment must make no variant.
 @triton.jit(
-    do_not_specialize=["block_table_ptr", "lse_stride", "block_table_stride", "window"]
+    do_not_specialize=[
+        "block_table_ptr",
+        "causal_ptr",
+        "ranges_ptr",
+        "prefix_ptr",
+        "lse_stride",
+        "block_table_stride",
+        "window",
+        "num_ranges",
+    ]
 )
 def decode_kernel(
     output_ptr,  # [num_tokens, num_query_heads, head_size]
@@ -168,6 +173,12 @@ def decode_kernel(
     arrivals_ptr,  # [num_workers], zero between launches
     k_scale_ptr,  # [1] or None
     v_scale_ptr,
+    sinks_ptr,  # [num_query_heads] or None
+    slopes_ptr,  # [num_query_heads] fp32, or None
+    causal_ptr,  # [num_seqs] or None
+    ranges_ptr,  # [num_seqs, num_ranges, 2] or None
+    prefix_ptr,  # [num_seqs] or None
+    output_scale_ptr,  # [1] or None
     output_strides,  # (token, head)
     lse_stride,
     query_strides,
@@ -176,7 +187,8 @@ def decode_kernel(
     block_table_stride,
     scale,  # softmax scale in log2 units; with softcap: the cap in log2 units
     cap_scale,  # softcap's inner scale
-    window,
+    window,  # keys, or with a lookback the size of a chunk
+    num_ranges,  # None without ranges
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -189,8 +201,18 @@ def decode_kernel(
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    ALIBI_SQRT: tl.constexpr,
+    LIMITED: tl.constexpr,  # what rows see is not causality and a window alone
+    CHUNK_LOOKBACK: tl.constexpr,  # -1: none
+    RANGES_IN_WINDOW: tl.constexpr,
+    FP8: tl.constexpr,  # format of an output that is divided by output_scale, or None
+    FP8_MAX: tl.constexpr,
 ):
     partials = (partial_acc_ptr, partial_max_ptr, partial_sum_ptr)
+    ranges = (ranges_ptr, num_ranges)
+    target = (
+        output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr, output_scale_ptr,
+    )  # fmt: skip
     worker = tl.program_id(0)
     record = workers_ptr + worker * WORKER_FIELDS
     sequence, query_start, query_len, seq_len = load_sequence(record)
@@ -207,9 +229,11 @@ def decode_kernel(
     dims = tl.arange(0, HEAD_PADDED)
 
     while remaining > 0:
-        first_key, first_tile, row_tiles = decode_key_tiles(
-            query_len, seq_len, window, TILE, WINDOWED
-        )
+        first_key = first_seen_key(
+            query_len, seq_len, sequence, window, ranges, prefix_ptr,
+            WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW,
+        )  # fmt: skip
+        first_tile, row_tiles = decode_key_tiles(first_key, seq_len, TILE)
         num_tiles = tl.minimum(remaining, row_tiles - tile)
         kv_head = row % NUM_KV_HEADS
         m_block = row // NUM_KV_HEADS
@@ -225,25 +249,38 @@ def decode_kernel(
             key_ptr.dtype.element_ty,
             SOFTCAP,
         )
+        position = seq_len - query_len + token
+        if slopes_ptr is None:
+            slopes: tl.constexpr = None
+        else:
+            slopes = load_slopes(slopes_ptr, head, row_valid)
+        if LIMITED:
+            limits = row_limits(
+                position, sequence, seq_len, window, causal_ptr, ranges, prefix_ptr,
+                CAUSAL, WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW,
+            )  # fmt: skip
+        else:
+            limits: tl.constexpr = None
+        sight = (window, slopes, limits)
         state = start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
         acc, row_max, row_sum = attend_tiles(
-            state, query, seq_len - query_len + token,
+            state, query, position,
             key_ptr + kv_head.to(tl.int64) * key_strides[2],
             value_ptr + kv_head.to(tl.int64) * value_strides[2],
             key_strides, value_strides,
             block_table_ptr + sequence.to(tl.int64) * block_table_stride,
             (first_tile + tile, first_tile + tile + num_tiles), (first_key, seq_len),
-            scales, window,
-            CAUSAL, WINDOWED, SOFTCAP, True, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
-            PRECISION, PAIRED_VALUES,
+            scales, sight,
+            CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
+            TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
         )  # fmt: skip
 
         acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
         if num_tiles == row_tiles:
             write_rows(
-                output_ptr, lse_ptr, output_strides, lse_stride,
-                acc, row_max, row_sum, v_scale,
-                query_start, token, head, row_valid, HEAD_SIZE, HEAD_PADDED,
+                target, acc, row_max, row_sum, v_scale,
+                query_start, token, head, row_valid,
+                HEAD_SIZE, HEAD_PADDED, FP8, FP8_MAX,
             )  # fmt: skip
         else:
             row_begin = line - tile
@@ -258,10 +295,10 @@ def decode_kernel(
             if arrived == last_worker - first_worker:
                 tl.store(arrivals_ptr + first_worker, 0)
                 write_combined(
-                    output_ptr, lse_ptr, output_strides, lse_stride, v_scale,
+                    target, v_scale,
                     partials, first_worker, last_worker - first_worker + 1,
                     query_start, query_len, kv_head, m_block,
-                    GROUP, HEAD_SIZE, HEAD_PADDED, BLOCK_M,
+                    GROUP, HEAD_SIZE, HEAD_PADDED, BLOCK_M, FP8, FP8_MAX,
                 )  # fmt: skip
 
         line += num_tiles

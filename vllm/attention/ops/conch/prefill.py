@@ -9,10 +9,12 @@ edge and at the sequence's end are masked; those between run without a mask.
 
 from vllm.triton_utils import tl, triton
 
+from .limits import row_limits
 from .tile import (
     attend_tiles,
     load_query,
     load_scales,
+    load_slopes,
     query_rows,
     row_offsets,
     start_state,
@@ -22,6 +24,16 @@ from .tile import (
 
 # One work item: sequence (or -1), tile of rows, query_start, query_len, seq_len.
 ITEM_FIELDS: tl.constexpr = tl.constexpr(8)
+
+
+@triton.jit
+def tile_bounds(first_key, full_first_key, full_end_key, end_key, TILE: tl.constexpr):
+    """Keys seen by any row, and by every row, rounded to tiles; see below."""
+    first = first_key // TILE
+    end = tl.maximum(tl.cdiv(tl.maximum(end_key, 0), TILE), first)
+    full_first = tl.minimum(tl.cdiv(full_first_key, TILE), end)
+    full_end = tl.maximum(tl.maximum(full_end_key, 0) // TILE, full_first)
+    return (first_key, end_key), first, full_first, tl.minimum(full_end, end), end
 
 
 @triton.jit
@@ -58,16 +70,30 @@ def key_tile_bounds(
         if not CAUSAL:
             end_key = tl.minimum(seq_len, last_position + window)
             full_end_key = tl.minimum(seq_len, first_position + window)
-    first = first_key // TILE
-    end = tl.maximum(tl.cdiv(tl.maximum(end_key, 0), TILE), first)
-    full_first = tl.minimum(tl.cdiv(full_first_key, TILE), end)
-    full_end = tl.maximum(tl.maximum(full_end_key, 0) // TILE, full_first)
-    return (first_key, end_key), first, full_first, tl.minimum(full_end, end), end
+    return tile_bounds(first_key, full_first_key, full_end_key, end_key, TILE)
 
 
-# Microbatches slice the block table anywhere: its alignment must make no variant.
+@triton.jit
+def limited_tile_bounds(limits, TILE: tl.constexpr):
+    """The same, of rows with limits."""
+    first, end, prefix = limits
+    first_key = tl.where(prefix > 0, 0, tl.maximum(tl.min(first, 0), 0))
+    full_first_key = tl.maximum(tl.max(first, 0), 0)
+    return tile_bounds(first_key, full_first_key, tl.min(end, 0), tl.max(end, 0), TILE)
+
+
+# Microbatches slice what is per sequence anywhere: alignment must make no variant.
 @triton.jit(
-    do_not_specialize=["block_table_ptr", "lse_stride", "block_table_stride", "window"]
+    do_not_specialize=[
+        "block_table_ptr",
+        "causal_ptr",
+        "ranges_ptr",
+        "prefix_ptr",
+        "lse_stride",
+        "block_table_stride",
+        "window",
+        "num_ranges",
+    ]
 )
 def prefill_kernel(
     output_ptr,  # [num_tokens, num_query_heads, head_size]
@@ -79,6 +105,12 @@ def prefill_kernel(
     items_ptr,  # [num_items, ITEM_FIELDS]
     k_scale_ptr,  # [1] or None
     v_scale_ptr,
+    sinks_ptr,  # [num_query_heads] or None
+    slopes_ptr,  # [num_query_heads] fp32, or None
+    causal_ptr,  # [num_seqs] or None
+    ranges_ptr,  # [num_seqs, num_ranges, 2] or None
+    prefix_ptr,  # [num_seqs] or None
+    output_scale_ptr,  # [1] or None
     output_strides,  # (token, head)
     lse_stride,
     query_strides,
@@ -87,7 +119,8 @@ def prefill_kernel(
     block_table_stride,
     scale,  # softmax scale in log2 units; with softcap: the cap in log2 units
     cap_scale,  # softcap's inner scale
-    window,
+    window,  # keys, or with a lookback the size of a chunk
+    num_ranges,  # None without ranges
     GROUP: tl.constexpr,  # query heads per KV head
     PACK: tl.constexpr,  # query heads in a tile, a divisor of GROUP
     HEAD_SIZE: tl.constexpr,
@@ -100,6 +133,12 @@ def prefill_kernel(
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    ALIBI_SQRT: tl.constexpr,
+    LIMITED: tl.constexpr,  # what rows see is not causality and a window alone
+    CHUNK_LOOKBACK: tl.constexpr,  # -1: none
+    RANGES_IN_WINDOW: tl.constexpr,
+    FP8: tl.constexpr,  # format of an output that is divided by output_scale, or None
+    FP8_MAX: tl.constexpr,
 ):
     first_head = tl.program_id(0) * PACK
     kv_head = first_head // GROUP
@@ -122,37 +161,55 @@ def prefill_kernel(
         query_ptr, offsets, dims_valid, scales, key_ptr.dtype.element_ty, SOFTCAP
     )
 
-    keys_range, first, full_first, full_end, end = key_tile_bounds(
-        m_block, query_len, seq_len, window, PACK, BLOCK_M, TILE, CAUSAL, WINDOWED
-    )
+    if LIMITED:
+        limits = row_limits(
+            seq_len - query_len + tl.minimum(token, query_len - 1),
+            sequence, seq_len, window, causal_ptr, (ranges_ptr, num_ranges), prefix_ptr,
+            CAUSAL, WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW,
+        )  # fmt: skip
+        bounds = limited_tile_bounds(limits, TILE)
+    else:
+        limits: tl.constexpr = None
+        bounds = key_tile_bounds(
+            m_block, query_len, seq_len, window, PACK, BLOCK_M, TILE, CAUSAL, WINDOWED
+        )
+    keys_range, first, full_first, full_end, end = bounds
     position = seq_len - query_len + token
     block_row = block_table_ptr + sequence.to(tl.int64) * block_table_stride
     key_ptr += kv_head.to(tl.int64) * key_strides[2]
     value_ptr += kv_head.to(tl.int64) * value_strides[2]
+    if slopes_ptr is None:
+        slopes: tl.constexpr = None
+    else:
+        slopes = load_slopes(slopes_ptr, head, row_valid)
+    sight = (window, slopes, limits)
     state = start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
     # Left edge of the window, then whole tiles, then diagonal and end.
-    if WINDOWED:
+    if WINDOWED or LIMITED:
         state = attend_tiles(
             state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-            block_row, (first, full_first), keys_range, scales, window,
-            CAUSAL, WINDOWED, SOFTCAP, True, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
-            PRECISION, PAIRED_VALUES,
+            block_row, (first, full_first), keys_range, scales, sight,
+            CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
+            TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
         )  # fmt: skip
     state = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-        block_row, (full_first, full_end), keys_range, scales, window,
-        CAUSAL, WINDOWED, SOFTCAP, False, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
-        PRECISION, PAIRED_VALUES,
+        block_row, (full_first, full_end), keys_range, scales, sight,
+        CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, False,
+        TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
     )  # fmt: skip
     acc, row_max, row_sum = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-        block_row, (full_end, end), keys_range, scales, window,
-        CAUSAL, WINDOWED, SOFTCAP, True, TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED,
-        PRECISION, PAIRED_VALUES,
+        block_row, (full_end, end), keys_range, scales, sight,
+        CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
+        TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
     )  # fmt: skip
 
     acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
+    target = (
+        output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr, output_scale_ptr,
+    )  # fmt: skip
     write_rows(
-        output_ptr, lse_ptr, output_strides, lse_stride, acc, row_max, row_sum, v_scale,
-        query_start, token, head, row_valid, HEAD_SIZE, HEAD_PADDED,
+        target, acc, row_max, row_sum, v_scale,
+        query_start, token, head, row_valid, HEAD_SIZE, HEAD_PADDED, FP8, FP8_MAX,
     )  # fmt: skip

@@ -6,12 +6,16 @@ Lengths are read on the device, so a captured CUDA graph replays with other
 lengths: grids and buffers have fixed sizes, only the lists' contents change.
 """
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 
 from vllm.triton_utils import tl, triton
 
-from .checks import reject
+from .checks import check_tensor, reject
 from .decode import SEQUENCE_FIELDS, WORKER_FIELDS, decode_key_tiles, decode_rows
+from .limits import first_seen_key
 from .plan import (
     MAX_DECODE_QUERY_LEN,
     AttentionPlan,
@@ -50,13 +54,18 @@ def pick(match, values):
 
 @triton.jit
 def decode_tiles(
-    query_len, seq_len, decode_query_len, window,
+    query_len, seq_len, sequence, decode_query_len, window, ranges, prefix_ptr,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr, WINDOWED: tl.constexpr,
+    TILE: tl.constexpr, WINDOWED: tl.constexpr, CHUNK_LOOKBACK: tl.constexpr,
+    RANGES_IN_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Tiles of a sequence on the decode line (0: not a decode), and tiles per row."""
     is_decode = (query_len > 0) & (query_len <= decode_query_len)
-    _, _, row_tiles = decode_key_tiles(query_len, seq_len, window, TILE, WINDOWED)
+    first_key = first_seen_key(
+        query_len, seq_len, sequence, window, ranges, prefix_ptr,
+        WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW,
+    )  # fmt: skip
+    _, row_tiles = decode_key_tiles(first_key, seq_len, TILE)
     tiles = row_tiles * decode_rows(query_len, NUM_KV_HEADS, GROUP, BLOCK_M)
     return tl.where(is_decode, tiles, 0), row_tiles
 
@@ -64,20 +73,22 @@ def decode_tiles(
 @triton.jit
 def schedule_decode(
     query_start_loc_ptr, seq_lens_ptr, workers_ptr, sequences_ptr, arrivals_ptr,
-    num_seqs, decode_query_len, window, first_worker,
+    num_seqs, decode_query_len, window, ranges, prefix_ptr, first_worker,
     NUM_WORKERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr,
+    CHUNK_LOOKBACK: tl.constexpr, RANGES_IN_WINDOW: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Gives LANES workers their pieces; the first program also lists the sequences."""
     total = 0
     for start in range(0, num_seqs, BLOCK):
-        _, _, query_len, seq_len = load_lengths(
+        sequence, _, query_len, seq_len = load_lengths(
             query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
         )
         tiles, _ = decode_tiles(
-            query_len, seq_len, decode_query_len, window,
-            NUM_KV_HEADS, GROUP, BLOCK_M, TILE, WINDOWED,
+            query_len, seq_len, sequence, decode_query_len, window, ranges, prefix_ptr,
+            NUM_KV_HEADS, GROUP, BLOCK_M, TILE, WINDOWED, CHUNK_LOOKBACK,
+            RANGES_IN_WINDOW,
         )  # fmt: skip
         total += tl.sum(tiles)
     tiles_per_worker = tl.maximum(tl.cdiv(total, NUM_WORKERS), 1)
@@ -97,8 +108,9 @@ def schedule_decode(
             query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
         )
         tiles, row_tiles = decode_tiles(
-            query_len, seq_len, decode_query_len, window,
-            NUM_KV_HEADS, GROUP, BLOCK_M, TILE, WINDOWED,
+            query_len, seq_len, sequence, decode_query_len, window, ranges, prefix_ptr,
+            NUM_KV_HEADS, GROUP, BLOCK_M, TILE, WINDOWED, CHUNK_LOOKBACK,
+            RANGES_IN_WINDOW,
         )  # fmt: skip
         end = line + tl.cumsum(tiles, 0)
         is_decode = tiles > 0
@@ -223,6 +235,9 @@ def schedule_prefill(
         "num_seqs",
         "decode_query_len",
         "window",
+        "ranges_ptr",
+        "prefix_ptr",
+        "num_ranges",
     ]
 )
 def schedule_kernel(
@@ -232,9 +247,12 @@ def schedule_kernel(
     sequences_ptr,
     arrivals_ptr,
     items_ptr,
+    ranges_ptr,  # [num_seqs, num_ranges, 2] or None
+    prefix_ptr,  # [num_seqs] or None
     num_seqs,
     decode_query_len,
     window,
+    num_ranges,  # None without ranges
     NUM_WORKERS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -243,6 +261,8 @@ def schedule_kernel(
     PREFILL_PACK: tl.constexpr,
     PREFILL_BLOCK_M: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CHUNK_LOOKBACK: tl.constexpr,
+    RANGES_IN_WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -251,9 +271,10 @@ def schedule_kernel(
     if program < DECODE_PROGRAMS:
         schedule_decode(
             query_start_loc_ptr, seq_lens_ptr, workers_ptr, sequences_ptr, arrivals_ptr,
-            num_seqs, decode_query_len, window, program * LANES,
+            num_seqs, decode_query_len, window, (ranges_ptr, num_ranges), prefix_ptr,
+            program * LANES,
             NUM_WORKERS, NUM_KV_HEADS, GROUP, DECODE_BLOCK_M, DECODE_TILE, WINDOWED,
-            BLOCK, LANES,
+            CHUNK_LOOKBACK, RANGES_IN_WINDOW, BLOCK, LANES,
         )  # fmt: skip
     else:
         schedule_prefill(
@@ -261,6 +282,54 @@ def schedule_kernel(
             num_seqs, decode_query_len, (program - DECODE_PROGRAMS) * LANES,
             PREFILL_PACK, PREFILL_BLOCK_M, BLOCK, LANES,
         )  # fmt: skip
+
+
+class Sight(NamedTuple):
+    """How far queries see, as kernels and schedule must agree on it; see `limits`."""
+
+    sliding_window: int | None
+    chunk_lookback: int
+    num_ranges: int | None
+    ranges_in_window: bool
+    has_prefix: bool
+
+    @property
+    def window(self) -> int:
+        """The kernels' window: keys, or with a lookback keys of a chunk."""
+        window = self.sliding_window or 0
+        if self.chunk_lookback < 0:
+            return window
+        return window // (self.chunk_lookback + 1)
+
+    def constants(self) -> dict[str, object]:
+        """As the kernels' constexprs."""
+        return dict(
+            WINDOWED=self.sliding_window is not None,
+            CHUNK_LOOKBACK=self.chunk_lookback,
+            RANGES_IN_WINDOW=self.ranges_in_window,
+        )
+
+
+# The same object for the same values: quick to compare.
+make_sight = lru_cache(Sight)
+
+
+def count_ranges(mm_prefix_range: torch.Tensor) -> int:
+    """Ranges of a sequence."""
+    check_tensor("mm_prefix_range", mm_prefix_range)
+    if mm_prefix_range.dim() != 3 or mm_prefix_range.shape[2] != 2:
+        got = f"shape {list(mm_prefix_range.shape)}"
+        reject("mm_prefix_range", got, "[num_seqs, num_ranges, 2]")
+    return mm_prefix_range.shape[1]
+
+
+def check_window(sliding_window: int | None, chunk_lookback: int) -> None:
+    """ValueErrors of a window, or of chunks, that hold no key."""
+    if sliding_window is not None and sliding_window < 1:
+        reject("sliding_window", sliding_window, "1 or more, or None for none")
+    if chunk_lookback >= 0 and (sliding_window or 0) <= chunk_lookback:
+        allowed = f"-1 for none, or less than sliding_window={sliding_window}"
+        reject("chunk_lookback", chunk_lookback, allowed)
 
 
 class VarlenSchedule:
@@ -276,6 +345,7 @@ class VarlenSchedule:
         query_dtype, kv_dtype: dtypes of queries and of the cache.
         device: where the buffers live.
         sliding_window: keys that a query sees, itself included; None: all.
+        chunk_lookback: as for `varlen_attention`.
         decode_query_len: in a batch with longer queries, sequences with up to this
             many query tokens are decodes; the others are prefills.
         num_workers: programs of the decode kernel; None: as many as fit the device.
@@ -295,6 +365,7 @@ class VarlenSchedule:
         kv_dtype: torch.dtype,
         device: torch.device | str,
         sliding_window: int | None = None,
+        chunk_lookback: int = -1,
         decode_query_len: int = 1,
         num_workers: int | None = None,
         portable: bool = False,
@@ -307,14 +378,14 @@ class VarlenSchedule:
             max_num_seqs=max_num_seqs,
             max_num_tokens=max_num_tokens,
             decode_query_len=decode_query_len,
-            sliding_window=1 if sliding_window is None else sliding_window,
             num_workers=1 if num_workers is None else num_workers,
         )
         for name, value in at_least.items():
             if value < 1:
                 reject(name, value, "1 or more")
+        check_window(sliding_window, chunk_lookback)
         check_layer_shape(self.shape)
-        self.sliding_window = sliding_window
+        self.sight = Sight(sliding_window, chunk_lookback, None, False, False)
         self.decode_query_len = decode_query_len
         self.portable = portable
         self.max_num_seqs = max_num_seqs
@@ -380,6 +451,21 @@ class VarlenSchedule:
             got += f"{tensor.stride()} on {tensor.device}"
             reject(name, got, f"contiguous torch.int32 [n] on {self.device}")
 
+    def check_per_sequence(
+        self, name: str, tensor: torch.Tensor, num_seqs: int
+    ) -> None:
+        """Rejects what is not [num_seqs or more, ...] int32 here, without gaps."""
+        if (
+            tensor.dtype != torch.int32
+            or not tensor.is_contiguous()
+            or tensor.device.type != self.device.type
+            or tensor.shape[:1] < (num_seqs,)
+        ):
+            got = f"{tensor.dtype} {list(tensor.shape)} with strides "
+            got += f"{tensor.stride()} on {tensor.device}"
+            allowed = f"contiguous torch.int32 of {num_seqs} sequences on {self.device}"
+            reject(name, got, allowed)
+
     def update(
         self,
         query_start_loc: torch.Tensor,
@@ -387,6 +473,9 @@ class VarlenSchedule:
         *,
         max_query_len: int,
         num_tokens: int,
+        mm_prefix_range: torch.Tensor | None = None,
+        mm_prefix_in_window: bool = False,
+        prefix_lens: torch.Tensor | None = None,
     ) -> None:
         """Fills the work lists for a batch: one kernel, no synchronisation.
 
@@ -395,6 +484,9 @@ class VarlenSchedule:
             seq_lens: [num_seqs] int32.
             max_query_len: no query of this batch is longer (host).
             num_tokens: bound of the number of query tokens (host).
+            mm_prefix_range: as for this batch's calls of `varlen_attention`.
+            mm_prefix_in_window: likewise.
+            prefix_lens: likewise.
 
         Raises:
             ValueError: if the batch is larger than the buffers, or not of int32.
@@ -405,6 +497,23 @@ class VarlenSchedule:
         if query_start_loc.shape[0] != num_seqs + 1:
             got = f"{query_start_loc.shape[0]} elements"
             reject("query_start_loc", got, f"{num_seqs + 1}, one more than seq_lens")
+        num_ranges = None
+        if mm_prefix_range is not None:
+            num_ranges = count_ranges(mm_prefix_range)
+            self.check_per_sequence("mm_prefix_range", mm_prefix_range, num_seqs)
+        sight = make_sight(
+            self.sight.sliding_window,
+            self.sight.chunk_lookback,
+            num_ranges,
+            mm_prefix_in_window,
+            prefix_lens is not None,
+        )
+        if prefix_lens is not None:
+            self.check_lengths("prefix_lens", prefix_lens)
+            self.check_per_sequence("prefix_lens", prefix_lens, num_seqs)
+        # Without a window they move no decode's first key.
+        if sight.sliding_window is None:
+            mm_prefix_range = prefix_lens = None
         if num_seqs > self.max_num_seqs or num_tokens > self.max_num_tokens:
             raise ValueError(
                 f"a batch of {num_seqs} sequences and {num_tokens} tokens does not fit "
@@ -427,9 +536,12 @@ class VarlenSchedule:
             self.sequences,
             self.arrivals,
             self.items,
+            mm_prefix_range,
+            prefix_lens,
             num_seqs,
             decode_query_len,
-            self.sliding_window or 0,
+            sight.window,
+            None if mm_prefix_range is None else sight.num_ranges,
             NUM_WORKERS=self.num_workers,
             NUM_KV_HEADS=self.shape.num_kv_heads,
             GROUP=self.shape.group,
@@ -437,11 +549,12 @@ class VarlenSchedule:
             DECODE_TILE=plan.decode.tile,
             PREFILL_PACK=plan.prefill_pack,
             PREFILL_BLOCK_M=plan.prefill.block_m,
-            WINDOWED=self.sliding_window is not None,
+            **sight.constants(),
             BLOCK=min(triton.next_power_of_2(self.max_num_seqs), MAX_SEQUENCES_AT_ONCE),
             LANES=LANES,
         )
         self.plan = plan
+        self.sight = sight
         self.max_query_len = max_query_len
         self.num_seqs = num_seqs
         self.work = self.items[:num_items]

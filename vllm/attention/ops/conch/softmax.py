@@ -55,6 +55,15 @@ def softcap(scores, inner):
 
 
 @triton.jit
+def add_sink(acc, row_max, row_sum, sink):
+    """Takes a key of logit sink [M], in log2 units, and value 0 into the state."""
+    new_max = tl.maximum(row_max, sink)
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    decay = tl.exp2(row_max - shift)
+    return acc * decay[:, None], new_max, row_sum * decay + tl.exp2(sink - shift)
+
+
+@triton.jit
 def normalize(acc, row_sum, v_scale):
     """[M, D] weighted mean of V; 0 for a row that saw no key."""
     divisor = tl.where(row_sum == 0.0, 1.0, row_sum)

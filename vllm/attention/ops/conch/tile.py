@@ -14,7 +14,9 @@ of heads.
 
 from vllm.triton_utils import tl, triton
 
-from .softmax import log_sum_exp, normalize, softcap, softmax_step
+from .fp8 import divide_to_fp8
+from .limits import is_in_limits
+from .softmax import LN_2, add_sink, log_sum_exp, normalize, softcap, softmax_step
 
 
 @triton.jit
@@ -81,6 +83,21 @@ def load_scales(k_scale_ptr, v_scale_ptr, scales, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def load_slopes(slopes_ptr, head, row_valid):
+    """[M] ALiBi slopes of the rows in log2 units."""
+    return tl.load(slopes_ptr + head, mask=row_valid, other=0.0) / LN_2
+
+
+@triton.jit
+def alibi(slopes, keys, position, SQRT: tl.constexpr):
+    """[M, TILE] bias of the logits, falling with the distance to the key."""
+    distance = (keys[None, :] - position[:, None]).to(tl.float32)
+    if SQRT:
+        distance = -tl.sqrt(tl.maximum(-distance, 0.0))
+    return slopes[:, None] * distance
+
+
+@triton.jit
 def load_tile(
     ptrs, keys_valid, dims_valid, MASK_KEYS: tl.constexpr, MASK_DIMS: tl.constexpr
 ):
@@ -140,10 +157,12 @@ def weigh_tile(
     key_strides,  # (page, slot, head)
     keys_range,  # (first, end): keys outside are neither read nor weighed
     scales,  # (softmax scale in log2 units, softcap's inner scale)
-    window,  # keys that a query sees, itself included
+    sight,  # (window: keys that a query sees, itself included; slopes [M] or None;
+    # the rows' limits, which replace causality and window, or None)
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    ALIBI_SQRT: tl.constexpr,
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -167,16 +186,23 @@ def weigh_tile(
     scores = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
     if SOFTCAP:
         scores = softcap(scores, scales[1])
+    window, slopes, limits = sight
+    scale = scales[0]
+    if slopes is not None:
+        scores = scores * scale + alibi(slopes, keys, position, ALIBI_SQRT)
+        scale = 1.0
     if MASKED:
         visible = valid[None, :]
-        if CAUSAL:
+        if limits is not None:
+            visible = visible & is_in_limits(keys, limits)
+        elif CAUSAL:
             visible = visible & (keys[None, :] <= position[:, None])
-        if WINDOWED:
+        if WINDOWED and limits is None:
             visible = visible & (keys[None, :] > position[:, None] - window)
             if not CAUSAL:
                 visible = visible & (keys[None, :] < position[:, None] + window)
         scores = tl.where(visible, scores, float("-inf"))
-    return softmax_step(scores, scales[0], row_max, row_sum, MASKED)
+    return softmax_step(scores, scale, row_max, row_sum, MASKED)
 
 
 @triton.jit
@@ -200,10 +226,11 @@ def attend_tiles(
     tiles,  # (first, end): tiles of TILE keys to visit
     keys_range,
     scales,
-    window,
+    sight,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    ALIBI_SQRT: tl.constexpr,
     MASKED: tl.constexpr,  # False: every row sees every key of these tiles
     TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -233,8 +260,8 @@ def attend_tiles(
         page, slot = page_and_slot(block_row, start, keys_range, BLOCK_SIZE, TILE)
         weights, decay, row_max, row_sum = weigh_tile(
             start, row_max, row_sum, query, position, key_ptr, page, slot, key_strides,
-            keys_range, scales, window, CAUSAL, WINDOWED, SOFTCAP, MASKED, TILE,
-            HEAD_SIZE, HEAD_PADDED, PRECISION,
+            keys_range, scales, sight, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED,
+            TILE, HEAD_SIZE, HEAD_PADDED, PRECISION,
         )  # fmt: skip
         weights = weights.to(query.dtype)
         keys = start + tl.arange(0, TILE)
@@ -298,17 +325,29 @@ def whole(
 
 @triton.jit
 def write_rows(
-    output_ptr, lse_ptr, output_strides, lse_stride,
+    # (output, lse or None, output strides, lse stride, sinks or None, scale or None)
+    target,
     acc, row_max, row_sum, v_scale,  # [M, D], [M], [M]
     query_start, token, head, row_valid,  # [M] each but query_start
     HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
+    FP8: tl.constexpr, FP8_MAX: tl.constexpr,
 ):  # fmt: skip
-    """Normalises a tile of rows and writes it."""
+    """Normalises a tile of rows and writes it, in FP8 divided by the scale.
+
+    A row is written once, however its keys were split: its sink is counted here.
+    """
+    output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr, scale_ptr = target
     dims = tl.arange(0, HEAD_PADDED)
     mask = row_valid[:, None] & (dims < HEAD_SIZE)[None, :]
     offsets = row_offsets(query_start, token, head, output_strides, dims)
-    out = normalize(acc, row_sum, v_scale).to(output_ptr.dtype.element_ty)
-    tl.store(output_ptr + offsets, out, mask=mask)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head, mask=row_valid, other=0.0).to(tl.float32)
+        acc, row_max, row_sum = add_sink(acc, row_max, row_sum, sink / LN_2)
+    STORED: tl.constexpr = output_ptr.dtype.element_ty
+    out = normalize(acc, row_sum, v_scale)
+    if FP8 is not None:
+        out = divide_to_fp8(out, tl.load(scale_ptr), FP8, FP8_MAX, STORED)
+    tl.store(output_ptr + offsets, out.to(STORED), mask=mask)
     if lse_ptr is not None:
         lse_row = (query_start + token).to(tl.int64) * lse_stride + head
         tl.store(lse_ptr + lse_row, log_sum_exp(row_max, row_sum), mask=row_valid)

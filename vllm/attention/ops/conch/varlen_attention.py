@@ -21,7 +21,7 @@ from .checks import (
     signature,
 )
 from .decode import decode_kernel
-from .fp8 import FP8_DTYPES
+from .fp8 import FP8_DTYPES, storage_view, triton_fp8
 from .launch import Launch
 from .plan import (
     BLOCK_SIZE_MULTIPLE,
@@ -32,10 +32,22 @@ from .plan import (
     unsupported_kv_dtype,
 )
 from .prefill import prefill_kernel
-from .schedule import VarlenSchedule
+from .schedule import Sight, VarlenSchedule, check_window, count_ranges, make_sight
 from .softmax import LOG2_E
 
-OPTIONAL = ("k_scale", "v_scale", "output_lse")
+FEATURES = (
+    "sinks",
+    "alibi_slopes",
+    "causal",
+    "mm_prefix_range",
+    "prefix_lens",
+    "output_scale",
+)
+OPTIONAL = ("k_scale", "v_scale", "output_lse", *FEATURES)
+# What is indexed by the sequence, and so may be longer than the batch.
+PER_SEQUENCE = ("causal", "mm_prefix_range", "prefix_lens")
+# What the Hopper prefill kernel does not take.
+PORTABLE = ("k_scale", "v_scale", *FEATURES)
 
 
 class Options(NamedTuple):
@@ -44,7 +56,8 @@ class Options(NamedTuple):
     scale: float
     causal: bool
     softcap: float
-    sliding_window: int | None
+    sight: Sight
+    alibi_sqrt: bool
     odd_values: bool  # value_cache begins at an odd address
     shape: Shape
     plan: AttentionPlan
@@ -66,7 +79,11 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
         allowed = f"{HEAD_SIZES.start} to {HEAD_SIZES.stop - 1}"
         reject("query", f"head_size {head_size}", allowed)
     check_shape("output", specs["output"], rows, query.shape)
-    check_dtype("output", specs["output"], (query.dtype,), "It needs query's dtype.")
+    if "output_scale" in specs:
+        check_dtype("output", specs["output"], FP8_DTYPES, "output_scale needs fp8.")
+    else:
+        advice = "It needs query's dtype, or an output_scale."
+        check_dtype("output", specs["output"], (query.dtype,), advice)
 
     pages = ("num_blocks", "block_size", "num_kv_heads", "head_size")
     advice = (
@@ -99,7 +116,23 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
         check_shape("output_lse", lse, rows[:2], query.shape[:2])
         check_dtype("output_lse", lse, (torch.float32,))
         check_last_stride("output_lse", lse)
-    for name in ("k_scale", "v_scale"):
+    if sinks := specs.get("sinks"):
+        check_shape("sinks", sinks, ("num_query_heads",), (num_query_heads,))
+        check_dtype("sinks", sinks, QUERY_DTYPES)
+        check_last_stride("sinks", sinks)
+    if slopes := specs.get("alibi_slopes"):
+        check_shape("alibi_slopes", slopes, ("num_query_heads",), (num_query_heads,))
+        check_dtype("alibi_slopes", slopes, (torch.float32,))
+        check_last_stride("alibi_slopes", slopes)
+    if causal := specs.get("causal"):
+        check_shape("causal", causal, ("num_seqs",), (None,))
+        check_dtype("causal", causal, (torch.uint8, torch.int32), "Or pass bool.")
+        check_last_stride("causal", causal)
+    if "mm_prefix_range" in specs:
+        check_integers("mm_prefix_range", specs, ("num_seqs", "num_ranges", "2"))
+    if "prefix_lens" in specs:
+        check_integers("prefix_lens", specs, ("num_seqs",))
+    for name in ("k_scale", "v_scale", "output_scale"):
         if spec := specs.get(name):
             check_scale(name, spec, "query", query)
     for name, spec in specs.items():
@@ -117,14 +150,25 @@ def check_integers(
 
 
 def check_options(
-    scale: float, softcap: float, sliding_window: int | None, max_query_len: int
+    scale: float, softcap: float, causal: bool, sight: Sight, max_query_len: int
 ) -> None:
+    """ValueErrors of numbers and of what does not go together.
+
+    causal: of every sequence.
+    """
     if not (math.isfinite(scale) and scale > 0):
         reject("scale", scale, "a positive number")
     if not (math.isfinite(softcap) and softcap >= 0):
         reject("softcap", softcap, "a positive number, or 0 for none")
-    if sliding_window is not None and sliding_window < 1:
-        reject("sliding_window", sliding_window, "1 or more, or None for none")
+    check_window(sight.sliding_window, sight.chunk_lookback)
+    if sight.chunk_lookback >= 0 and not causal:
+        reject("chunk_lookback", sight.chunk_lookback, "-1 where causal is not True")
+    if sight.has_prefix and (sight.sliding_window is None or sight.chunk_lookback >= 0):
+        got = f"sliding_window={sight.sliding_window}, "
+        got += f"chunk_lookback={sight.chunk_lookback}"
+        reject("prefix_lens", got, "a sliding_window, and no chunks")
+    if sight.has_prefix and not causal:
+        reject("prefix_lens", "causal that is not True", "None, or causal=True")
     if not isinstance(max_query_len, int) or max_query_len < 0:
         reject("max_query_len", max_query_len, "a length on the host, 0 or more")
 
@@ -152,8 +196,9 @@ def check_batch(
     seq_lens: torch.Tensor,
     block_table: torch.Tensor,
     max_query_len: int,
-    sliding_window: int | None,
+    sight: Sight,
     schedule: VarlenSchedule,
+    per_sequence: tuple[torch.Tensor | None, ...],
 ) -> None:
     """Raises the ValueErrors that depend on the batch, checked in every call."""
     num_seqs = seq_lens.shape[0]
@@ -163,13 +208,14 @@ def check_batch(
     if block_table.shape[0] < num_seqs:
         got = f"{block_table.shape[0]} rows"
         reject("block_table", got, f"{num_seqs} or more, one per sequence")
-    updated = schedule.max_query_len, schedule.num_seqs, schedule.sliding_window
-    if updated != (max_query_len, num_seqs, sliding_window):
-        got = "one updated for max_query_len {}, {} sequences, window {}".format(
-            *updated
-        )
-        allowed = f"{max_query_len}, {num_seqs} sequences, window {sliding_window}"
+    updated = schedule.max_query_len, schedule.num_seqs, schedule.sight
+    if updated != (max_query_len, num_seqs, sight):
+        got = "one updated for max_query_len {}, {} sequences, {}".format(*updated)
+        allowed = f"{max_query_len}, {num_seqs} sequences, {sight}"
         reject("schedule", got, allowed, "Call schedule.update with this batch.")
+    for name, tensor in zip(PER_SEQUENCE, per_sequence):
+        if tensor is not None and tensor.shape[0] < num_seqs:
+            reject(name, f"{tensor.shape[0]} rows", f"{num_seqs}, one per sequence")
 
 
 def row_strides(spec: TensorSpec) -> tuple[int, int]:
@@ -225,6 +271,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         score_scale = options.softcap * LOG2_E
         cap_scale = 2 * LOG2_E * options.scale / options.softcap
     lse = specs.get("output_lse")
+    sight = options.sight
     arguments = (
         row_strides(specs["output"]),
         lse.strides[0] if lse else 0,
@@ -234,16 +281,22 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         specs["block_table"].strides[0],
         score_scale,
         cap_scale,
-        options.sliding_window or 0,
+        sight.window,
+        sight.num_ranges,
     )
+    quantized = "output_scale" in specs
     variant = dict(
         GROUP=shape.group,
         HEAD_SIZE=shape.head_size,
         HEAD_PADDED=shape.head_padded,
         BLOCK_SIZE=shape.block_size,
         CAUSAL=options.causal,
-        WINDOWED=options.sliding_window is not None,
         SOFTCAP=options.softcap > 0,
+        ALIBI_SQRT=options.alibi_sqrt,
+        LIMITED=sight.chunk_lookback >= 0 or not specs.keys().isdisjoint(PER_SEQUENCE),
+        FP8=triton_fp8(specs["output"].dtype) if quantized else None,
+        FP8_MAX=torch.finfo(specs["output"].dtype).max if quantized else None,
+        **sight.constants(),
     )
     pairs = reads_pairs(specs["query"], specs["value_cache"], options.odd_values)
     decode = Launch(
@@ -272,8 +325,8 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
     streamed = [specs[name] for name in ("query", "key_cache", "value_cache")]
     hopper = (
         plan.hopper
-        and "k_scale" not in specs
-        and "v_scale" not in specs
+        and sight.chunk_lookback < 0
+        and specs.keys().isdisjoint(PORTABLE)
         and all(stride % 8 == 0 for spec in streamed for stride in spec.strides[:-1])
     )
     return Launches(decode, prefill, hopper)
@@ -290,13 +343,21 @@ def varlen_attention(
     *,
     max_query_len: int,
     scale: float,
-    causal: bool = True,
+    causal: bool | torch.Tensor = True,
     softcap: float = 0.0,
     sliding_window: int | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     output_lse: torch.Tensor | None = None,
     schedule: VarlenSchedule | None = None,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    alibi_sqrt: bool = False,
+    mm_prefix_range: torch.Tensor | None = None,
+    mm_prefix_in_window: bool = False,
+    prefix_lens: torch.Tensor | None = None,
+    chunk_lookback: int = -1,
+    output_scale: torch.Tensor | None = None,
 ) -> None:
     """Attends every sequence's new tokens to all of its keys and values.
 
@@ -311,28 +372,54 @@ def varlen_attention(
         key_cache: [num_blocks, block_size, num_kv_heads, head_size] of query's dtype
             or float8, any strides but 1 in the last dimension.
         value_cache: as key_cache, with strides of its own.
-        output: [num_tokens, num_query_heads, head_size], written in place; rows of no
-            sequence stay as they are.
+        output: [num_tokens, num_query_heads, head_size] of query's dtype, written in
+            place; rows of no sequence stay as they are.
         query_start_loc: [num_seqs + 1] int32, first row of each sequence in query.
         seq_lens: [num_seqs] int32, context and new tokens.
         block_table: [num_seqs, max_blocks] int32, the pages of each sequence.
         max_query_len: no sequence has more new tokens than this; decides which
             kernels are launched.
         scale: factor of the logits before the softmax, positive.
-        causal: a token sees the keys up to its own; False: all seq_len keys.
+        causal: a token sees the keys up to its own; False: all seq_len keys. Or a
+            flag for each sequence, [num_seqs] bool or int32.
         softcap: logits become softcap * tanh(logits / softcap); 0: they stay.
         sliding_window: a token sees only this many keys, its own included; if not
             causal, keys less than this far away on both sides. None: all.
         k_scale: [1] float32, what the cached keys were divided by.
         v_scale: [1] float32, what the cached values were divided by.
         output_lse: [num_tokens, num_query_heads] float32, receives the natural
-            logarithm of each row's softmax denominator; -inf where no key is seen.
+            logarithm of each row's softmax denominator, the sink included; -inf where
+            that is 0.
         schedule: work lists, already updated for this batch; None: made here, at the
             cost of allocations and a launch.
+        sinks: [num_query_heads] float, for each head the logit of one key more, which
+            every query sees and whose value is 0. Where results over shares of the
+            keys are merged by their LSE, only one of the shares may have it.
+        alibi_slopes: [num_query_heads] float32; logits get, after a softcap, slope *
+            (key position - query position) more.
+        alibi_sqrt: what they get is -slope * sqrt(query position - key position), and
+            nothing for keys behind the query.
+        mm_prefix_range: [num_seqs, num_ranges, 2] int32, first and last position of
+            ranges; a token within one sees all of it as well. Unused are those whose
+            first position is not before the last.
+        mm_prefix_in_window: of its range a token does not see what lies before its
+            window.
+        prefix_lens: [num_seqs] int32; tokens see so many keys from the beginning,
+            besides those in the window. Only with a window, and causal.
+        chunk_lookback: 0 or more: the window is not that of each token; the sequence
+            is cut into chunks of sliding_window // (chunk_lookback + 1) keys, and a
+            token sees its own and so many before. Only if causal. -1: no chunks.
+        output_scale: [1] float32; output is float8 and gets the result divided by this,
+            limited to the format's finite numbers.
 
     Raises:
         ValueError: naming the argument that is not supported.
     """
+    flags = causal if isinstance(causal, torch.Tensor) else None
+    if flags is not None and flags.dtype == torch.bool:
+        flags = flags.view(torch.uint8)
+    all_causal = flags is None and bool(causal)
+    features = (sinks, alibi_slopes, flags, mm_prefix_range, prefix_lens, output_scale)
     tensors = dict(
         query=query,
         key_cache=key_cache,
@@ -345,8 +432,22 @@ def varlen_attention(
         v_scale=v_scale,
         output_lse=output_lse,
     )
+    has_features = not (
+        sinks is alibi_slopes is flags is mm_prefix_range is prefix_lens is None
+        and output_scale is None
+    )
+    if has_features:
+        tensors.update(zip(FEATURES, features))
+    num_ranges = None if mm_prefix_range is None else count_ranges(mm_prefix_range)
+    sight = make_sight(
+        sliding_window,
+        chunk_lookback,
+        num_ranges,
+        mm_prefix_in_window,
+        prefix_lens is not None,
+    )
     if schedule is None:
-        check_options(scale, softcap, sliding_window, max_query_len)
+        check_options(scale, softcap, all_causal, sight, max_query_len)
         check_arguments(tensors)
         num_seqs, num_tokens = seq_lens.shape[0], query.shape[0]
         if num_seqs == 0 or num_tokens == 0:
@@ -357,22 +458,33 @@ def varlen_attention(
             **shape_of(query, key_cache)._asdict(),
             device=query.device,
             sliding_window=sliding_window,
+            chunk_lookback=chunk_lookback,
         )
         schedule.update(
             query_start_loc,
             seq_lens,
             max_query_len=max_query_len,
             num_tokens=num_tokens,
+            mm_prefix_range=mm_prefix_range,
+            mm_prefix_in_window=mm_prefix_in_window,
+            prefix_lens=prefix_lens,
         )
     check_batch(
-        query_start_loc, seq_lens, block_table, max_query_len, sliding_window, schedule
+        query_start_loc,
+        seq_lens,
+        block_table,
+        max_query_len,
+        sight,
+        schedule,
+        (flags, mm_prefix_range, prefix_lens) if has_features else (),
     )
     shape, plan = schedule.shape, schedule.plan
     options = Options(
         scale,
-        causal,
+        all_causal,
         softcap,
-        sliding_window,
+        sight,
+        alibi_sqrt,
         value_cache.data_ptr() % 2 == 1,
         shape,
         plan,
@@ -381,10 +493,12 @@ def varlen_attention(
     key = (options, *map(layer_key, tensors.values()))
     launches = LAUNCHES.get(key)
     if launches is None:
-        check_options(scale, softcap, sliding_window, max_query_len)
+        check_options(scale, softcap, all_causal, sight, max_query_len)
         specs = check_arguments(tensors)
         check_schedule(specs, shape)
         launches = LAUNCHES[key] = prepare(specs, options)
+    if output_scale is not None:
+        output = storage_view(output)
     launches.decode(
         output,
         output_lse,
@@ -398,6 +512,7 @@ def varlen_attention(
         schedule.arrivals,
         k_scale,
         v_scale,
+        *features,
     )
     num_items = schedule.work.shape[0]
     if num_items == 0:
@@ -428,5 +543,6 @@ def varlen_attention(
             schedule.work,
             k_scale,
             v_scale,
+            *features,
             grid=(shape.num_query_heads // plan.prefill_pack, num_items),
         )
