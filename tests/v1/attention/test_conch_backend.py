@@ -41,6 +41,10 @@ from tests.kernels.attention.conch_reference import (
     paged_attention,
 )
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    kFp8DynamicTokenSym,
+    kFp8StaticTensorSym,
+)
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.conch_attn import (
@@ -172,7 +176,7 @@ class Engine:
         *,
         padded_reqs: int = 0,
         padded_tokens: int = 0,
-        causal: bool = True,
+        causal: bool | torch.Tensor = True,
     ) -> CommonAttentionMetadata:
         """Puts a batch into the persistent buffers, padded as for a CUDA graph."""
         num_reqs = len(lengths) + padded_reqs
@@ -237,6 +241,7 @@ class Engine:
     def reference(self, layer: Any, query: torch.Tensor, metadata: Any) -> Attention:
         impl = layer.impl
         is_fp8 = impl.fp8_dtype is not None
+        in_window = getattr(layer, "mm_prefix_clamp_sliding_window", False)
         return paged_attention(
             query,
             *layer.caches,
@@ -249,6 +254,11 @@ class Engine:
             sliding_window=impl.sliding_window,
             k_scale=layer._k_scale if is_fp8 else None,
             v_scale=layer._v_scale if is_fp8 else None,
+            sinks=impl.sinks,
+            alibi_slopes=impl.alibi_slopes,
+            alibi_sqrt=impl.alibi_sqrt,
+            mm_prefix_range=metadata.mm_prefix_range,
+            mm_prefix_in_window=in_window,
         )
 
     def check(self, layer: Any, metadata: Any) -> None:
@@ -324,7 +334,9 @@ def test_layers_with_different_windows_share_a_group(batch: str) -> None:
     """Without the hybrid KV cache manager one group holds all of a model's layers."""
     windows = [None, 16, 40, 16]
     engine = Engine([{"sliding_window": window} for window in windows])
-    assert set(engine.builder.schedules) == {(4, None), (4, 16), (4, 40)}
+    windows_of_schedules = {key.sliding_window for key in engine.builder.schedules}
+    assert windows_of_schedules == {None, 16, 40}
+    assert len(engine.builder.schedules) == 3
     engine.step(BATCHES[batch])
 
 
@@ -346,7 +358,7 @@ def test_one_update_per_schedule_and_step(monkeypatch: pytest.MonkeyPatch) -> No
 
         monkeypatch.setattr(schedule, "update", counted)
     engine.step(BATCHES["mixed"])
-    assert sorted(updates, key=str) == [(4, 16), (4, None)]
+    assert sorted(key.sliding_window or 0 for key in updates) == [0, 16]
 
 
 def test_softcap() -> None:
@@ -356,6 +368,54 @@ def test_softcap() -> None:
 def test_non_causal() -> None:
     engine = Engine([{}, {"sliding_window": 16}])
     engine.step(BATCHES["mixed"], causal=False)
+
+
+@pytest.mark.parametrize("batch", ["decode", "mixed"])
+def test_sinks(batch: str) -> None:
+    """gpt-oss: one logit more for each head, in layers with a window and without."""
+    sinks = torch.linspace(-1, 3, NUM_HEADS, device=DEVICE)
+    engine = Engine([{"sinks": sinks}, {"sinks": sinks, "sliding_window": 16}, {}])
+    engine.step(BATCHES[batch])
+
+
+@pytest.mark.parametrize("batch", ["decode", "mixed"])
+@pytest.mark.parametrize("use_sqrt", [False, True])
+def test_alibi(use_sqrt: bool, batch: str) -> None:
+    slopes = [2.0**-i for i in range(1, NUM_HEADS + 1)]
+    options = {"use_alibi_sqrt": True} if use_sqrt else {}
+    Engine([{"alibi_slopes": slopes} | options]).step(BATCHES[batch])
+
+
+def test_some_sequences_of_a_batch_are_causal() -> None:
+    flags = torch.tensor([True, False, False, True], device=DEVICE)
+    Engine([{}, {"sliding_window": 16}]).step(BATCHES["mixed"], causal=flags)
+
+
+@pytest.mark.skipif(
+    not ConchAttentionBackend.supports_mm_prefix(),
+    reason="with this release such models are refused",
+)
+@pytest.mark.parametrize("in_window", [False, True])
+def test_images_are_seen_both_ways(in_window: bool) -> None:
+    """Tokens of an image see all of it, in window layers too."""
+    engine = Engine([{}, {"sliding_window": 16}])
+    for layer in engine.layers:
+        layer.mm_prefix_clamp_sliding_window = in_window
+    builder = ConchAttentionMetadataBuilder(
+        engine.builder.kv_cache_spec,
+        ["layer.0", "layer.1"],
+        engine.config,
+        torch.device(DEVICE),
+    )
+    common = engine.fill(BATCHES["mixed"])
+    # Sequence 1 has keys 0 to 32, 20 of them new; sequence 3 has 37 new ones.
+    common.mm_req_doc_ranges = {1: [(2, 20), (22, 30)], 3: [(5, 36)]}
+    metadata = builder.build(0, common)
+    assert metadata.mm_prefix_range.shape == (4, 2, 2)
+    for layer in engine.layers:
+        engine.check(layer, metadata)
+    common.mm_req_doc_ranges = None
+    assert builder.build(0, common).mm_prefix_range is None
 
 
 def test_shared_cache_is_not_written() -> None:
@@ -696,6 +756,16 @@ def test_every_cuda_graph_mode_is_supported() -> None:
     assert support == AttentionCGSupport.ALWAYS
 
 
+def test_images_keep_out_of_graphs_of_mixed_batches() -> None:
+    """Such graphs are captured without images: theirs would be seen causally."""
+    config = make_config()
+    config.model_config.is_mm_prefix_lm = True
+    support = ConchAttentionMetadataBuilder.get_cudagraph_support(
+        config, make_spec(16, 1, 32, torch.float16)
+    )
+    assert support == AttentionCGSupport.UNIFORM_BATCH
+
+
 def test_dummy_batches_stay_within_block_tables() -> None:
     """A dummy run may claim sequences longer than the model's length."""
     engine = Engine()
@@ -823,6 +893,7 @@ SUPPORTED = [
     {"use_non_causal": True},
     {"use_kv_connector": True},
     {"use_adaptive_verification": True},
+    {"has_sink": True},
     {"attn_type": AttentionType.DECODER},
     {"attn_type": AttentionType.ENCODER},
     {"attn_type": AttentionType.ENCODER_ONLY},
@@ -840,9 +911,12 @@ UNSUPPORTED = [
         "kv_cache_dtype bfloat16 not supported with dtype torch.float16",
     ),
     ({"use_mla": True}, "MLA not supported"),
-    ({"has_sink": True}, "sink"),
     ({"use_sparse": True}, "sparse not supported"),
-    ({"use_mm_prefix": True}, "partial multimodal token full attention"),
+    *(
+        []
+        if ConchAttentionBackend.supports_mm_prefix()
+        else [({"use_mm_prefix": True}, "partial multimodal token full attention")]
+    ),
     ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),
     ({"use_batch_invariant": True}, "batch invariance not supported"),
     ({"use_pcp": True}, "PCP not supported"),
@@ -913,17 +987,15 @@ def test_layer_refuses_with_every_reason() -> None:
     with pytest.raises(ValueError) as error:
         engine.make_impl(
             "fp8_inc",
-            alibi_slopes=[0.5] * NUM_HEADS,
             attn_type="prefix",
-            sinks=torch.zeros(NUM_HEADS),
             chunk_lookback=3,
+            attention_bias=torch.zeros(1),
         )
     for reason in (
         "kv_cache_dtype fp8_inc not supported",
         "attention type prefix not supported",
-        "ALiBi not supported",
-        "sinks not supported",
         "chunk_lookback not supported",
+        "attention_bias not supported",
         "--attention-backend",
     ):
         assert reason in str(error.value)
@@ -954,28 +1026,36 @@ def test_layer_refuses_context_parallelism(
         Engine()
 
 
-def test_batch_must_be_causal_or_not() -> None:
-    engine = Engine()
-    per_sequence = torch.tensor([True, False])
-    common = engine.fill([(1, 3), (1, 9)])
-    common.causal = per_sequence
-    with pytest.raises(ValueError, match="causal=.*True or False for the whole batch"):
-        engine.builder.build(0, common)
+def quantised(
+    engine: Engine, metadata: Any, **scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs the engine's first layer: its query and its output in fp8."""
+    layer = engine.layers[0]
+    engine.fill_context(layer)
+    query, key, value = engine.new_tokens(layer, metadata.num_actual_tokens)
+    output = torch.zeros(query.shape, dtype=current_platform.fp8_dtype(), device=DEVICE)
+    run_layer(layer, query, key, value, metadata, output, **scales)
+    return query, output
 
 
-def test_output_is_not_quantised() -> None:
+def test_output_in_fp8() -> None:
+    """Divided by output_scale; half a step of e4m3 is the sixteenth of a number."""
     engine = Engine()
-    (layer,) = engine.layers
+    assert engine.layers[0].impl.fused_output_quant_supported(kFp8StaticTensorSym)
+    assert not engine.layers[0].impl.fused_output_quant_supported(kFp8DynamicTokenSym)
+    metadata = engine.builder.build(0, engine.fill(BATCHES["mixed"]))
+    scale = torch.full((1,), 0.25, device=DEVICE)
+    query, output = quantised(engine, metadata, output_scale=scale)
+    reference = engine.reference(engine.layers[0], query, metadata).output
+    live = int(engine.query_start_loc[-1])
+    difference = output[:live].float() * scale - reference[:live]
+    assert bool((difference.abs() <= reference[:live].abs() / 16 + 1e-3).all())
+    assert bool((output[:live].float() != 0).any())
+
+
+def test_output_is_not_quantised_in_blocks() -> None:
+    engine = Engine()
     metadata = engine.builder.build(0, engine.fill([(1, 3)]))
-    query, key, value = engine.new_tokens(layer, 1)
-    with pytest.raises(ValueError, match="output_scale"):
-        layer.impl.forward(
-            layer,
-            query,
-            key,
-            value,
-            engine.layers[0].kv_cache,
-            metadata,
-            output=query,
-            output_scale=torch.ones(1),
-        )
+    scale = torch.ones(1, device=DEVICE)
+    with pytest.raises(ValueError, match="output_block_scale"):
+        quantised(engine, metadata, output_scale=scale, output_block_scale=scale)

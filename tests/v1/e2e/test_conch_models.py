@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from tests.v1.e2e.conch_engine import (
     ON_GPU,
     SHAPE,
+    VOCABULARY,
     engine,
     expected_tokens,
     generate,
@@ -85,6 +86,18 @@ def without_window(model: PreTrainedModel) -> None:
 
 
 CPU_CONVOLUTIONS = "vllm.model_executor.layers.mamba.ops.cpu"
+
+
+def without_alibi(model: PreTrainedModel) -> None:
+    build = model.transformer.build_alibi_tensor
+    model.transformer.build_alibi_tensor = lambda *args: torch.zeros_like(build(*args))
+
+
+def without_sinks(model: PreTrainedModel) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.fill_(-100.0)
+
+
 NO_HEAD_DIM = {name: size for name, size in SHAPE.items() if name != "head_dim"}
 LAYER_TYPES = ["sliding_attention", "full_attention"]
 GEMMA = SHAPE | {
@@ -110,6 +123,42 @@ FAMILIES = {
         GEMMA | {"layer_types": LAYER_TYPES},
         without_window,
         config_class="Gemma3TextConfig",
+    ),
+    "bloom": Family(  # ALiBi
+        "Bloom",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "initializer_range": 0.3,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        },
+        without_alibi,
+    ),
+    "falcon": Family(  # ALiBi, scaled with the scores
+        "Falcon",
+        NO_HEAD_DIM
+        | {
+            "alibi": True,
+            "multi_query": False,
+            "parallel_attn": False,
+            "new_decoder_architecture": False,
+            "bias": True,
+        },
+    ),
+    "gpt-oss": Family(  # sinks
+        "GptOss",
+        SHAPE
+        | {
+            "sliding_window": WINDOW,
+            "layer_types": LAYER_TYPES,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        without_sinks,
     ),
     "phi3": Family(  # heads of 96
         "Phi3",

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -23,6 +23,10 @@ from vllm.attention.ops.conch import (
 from vllm.attention.ops.conch.plan import this_device
 from vllm.attention.ops.conch.reshape_and_cache import min_large_tokens
 from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    QuantKey,
+    kFp8StaticTensorSym,
+)
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.conch_base import (
@@ -41,6 +45,7 @@ from vllm.v1.attention.backends.conch_base import (
     conch_impls,
     key_value_views,
     max_decode_query_len,
+    mm_prefix_ranges,
 )
 
 MIN_HEAD_SIZE = 16
@@ -58,8 +63,13 @@ ATTENTION_TYPES = (
     *ENCODER_TYPES,
 )
 
-# Query heads and sliding window: layers of one group that agree share a schedule.
-ScheduleKey = tuple[int, int | None]
+
+class ScheduleKey(NamedTuple):
+    """Layers of one group that agree in this share a schedule."""
+
+    num_heads: int
+    sliding_window: int | None
+    mm_prefix_in_window: bool
 
 
 def fp8_cache_dtype(kv_cache_dtype: str) -> torch.dtype | None:
@@ -205,6 +215,10 @@ class ConchAttentionBackend(ConchBackendBase):
         return MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type in ATTENTION_TYPES
 
@@ -245,7 +259,8 @@ class ConchAttentionMetadata:
     seq_lens: torch.Tensor  # [num_reqs]
     block_table: torch.Tensor  # [num_reqs, max_blocks]; of encoders: of the batch
     slot_mapping: torch.Tensor  # [num_actual_tokens]; cross-attention: of K and V
-    causal: bool
+    causal: bool | torch.Tensor  # a tensor: [num_reqs], a flag for each sequence
+    mm_prefix_range: torch.Tensor | None  # [num_reqs, num_ranges, 2] seen both ways
     schedules: dict[ScheduleKey, VarlenSchedule]
 
 
@@ -305,6 +320,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:
             for impl in conch_impls(layers[name]):
+                impl.see_layer(layers[name])
                 if impl.schedule_key not in self.schedules:
                     schedule = impl.make_schedule(kv_cache_spec.block_size, device)
                     self.schedules[impl.schedule_key] = schedule
@@ -313,6 +329,17 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
                             schedule.max_num_seqs, schedule.max_num_tokens, device
                         )
 
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
+    ) -> AttentionCGSupport:
+        model_config = vllm_config.model_config
+        if model_config is not None and model_config.is_mm_prefix_lm:
+            # A graph of mixed batches is captured without images and would replay
+            # without their ranges; no query of a decode is in one.
+            return AttentionCGSupport.UNIFORM_BATCH
+        return cls._cudagraph_support
+
     def build(
         self,
         common_prefix_len: int,
@@ -320,12 +347,6 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         fast_build: bool = False,
     ) -> ConchAttentionMetadata:
         common = common_attn_metadata
-        if not isinstance(common.causal, bool):
-            raise ValueError(
-                f"CONCH cannot run a batch with causal={common.causal}: it must be "
-                "True or False for the whole batch. Choose another backend with "
-                "--attention-backend."
-            )
         seq_lens, block_table = common.seq_lens, common.block_table_tensor
         if self.encoder_pages is not None:
             seq_lens, block_table = self.encoder_pages.update(
@@ -344,6 +365,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             block_table=block_table,
             slot_mapping=common.slot_mapping,
             causal=common.causal,
+            mm_prefix_range=mm_prefix_ranges(common),
             schedules=self.schedules,
         )
         self.update_schedules(metadata)
@@ -371,12 +393,14 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         return max(common.max_query_len, self.decode_query_len)
 
     def update_schedules(self, metadata: ConchAttentionMetadata) -> None:
-        for schedule in self.schedules.values():
+        for key, schedule in self.schedules.items():
             schedule.update(
                 metadata.query_start_loc,
                 metadata.seq_lens,
                 max_query_len=metadata.max_query_len,
                 num_tokens=metadata.num_actual_tokens,
+                mm_prefix_range=metadata.mm_prefix_range,
+                mm_prefix_in_window=key.mm_prefix_in_window,
             )
 
 
@@ -399,6 +423,8 @@ class ConchAttentionImpl(ConchImplBase):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        use_alibi_sqrt: bool = False,
         **arguments: Any,
     ) -> None:
         super().__init__()
@@ -414,8 +440,17 @@ class ConchAttentionImpl(ConchImplBase):
         self.fp8_dtype = None if self.is_encoder else fp8_cache_dtype(kv_cache_dtype)
         self.dtype = torch.get_default_dtype()  # the model's, while it is built
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.schedule_key: ScheduleKey = (num_heads, sliding_window)
+        self.schedule_key = ScheduleKey(num_heads, sliding_window, False)
+        self.sinks = sinks
+        self.alibi_sqrt = use_alibi_sqrt
+        self.alibi_slopes: torch.Tensor | None = None
         self.vllm_config = get_current_vllm_config()
+        if alibi_slopes is not None:
+            self.alibi_slopes = torch.tensor(
+                alibi_slopes,
+                dtype=torch.float32,
+                device=self.vllm_config.device_config.device,
+            )
         # K and V views of the bound cache, which would cost every call anew. The
         # engine gives up the cache that it profiles with, and so do these.
         self.kv_cache: Callable[[], torch.Tensor | None] = lambda: None
@@ -429,10 +464,12 @@ class ConchAttentionImpl(ConchImplBase):
             current_platform.get_device_capability(),
         )
         model_config = self.vllm_config.model_config
-        if model_config is not None and model_config.is_mm_prefix_lm:
+        if (
+            model_config is not None
+            and model_config.is_mm_prefix_lm
+            and not ConchAttentionBackend.supports_mm_prefix()
+        ):
             reasons.append("partial multimodal token full attention not supported")
-        if alibi_slopes is not None:
-            reasons.append("ALiBi not supported")
         if self.dcp_world_size > 1:
             reasons.append("decode context parallelism (DCP) not supported")
         if self.pcp_world_size > 1:
@@ -447,6 +484,14 @@ class ConchAttentionImpl(ConchImplBase):
                 + "; ".join(reasons)
                 + ". Choose another backend with --attention-backend."
             )
+
+    def see_layer(self, layer: AttentionLayer) -> None:
+        """Takes over what models set on a layer after they have made it."""
+        in_window = getattr(layer, "mm_prefix_clamp_sliding_window", False)
+        self.schedule_key = self.schedule_key._replace(mm_prefix_in_window=in_window)
+
+    def fused_output_quant_supported(self, quant_key: QuantKey) -> bool:
+        return quant_key == kFp8StaticTensorSym
 
     def key_value_caches(
         self, kv_cache: torch.Tensor
@@ -496,6 +541,7 @@ class ConchAttentionImpl(ConchImplBase):
         kv_cache: torch.Tensor,
         metadata: ConchAttentionMetadata,
         output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
     ) -> None:
         if self.is_encoder:
             key_cache, value_cache = pages_of_batch(key), pages_of_batch(value)
@@ -518,6 +564,12 @@ class ConchAttentionImpl(ConchImplBase):
             k_scale=layer._k_scale if is_fp8 else None,
             v_scale=layer._v_scale if is_fp8 else None,
             schedule=metadata.schedules[self.schedule_key],
+            sinks=self.sinks,
+            alibi_slopes=self.alibi_slopes,
+            alibi_sqrt=self.alibi_sqrt,
+            mm_prefix_range=metadata.mm_prefix_range,
+            mm_prefix_in_window=self.schedule_key.mm_prefix_in_window,
+            output_scale=output_scale,
         )
 
     def make_schedule(self, block_size: int, device: torch.device) -> VarlenSchedule:
@@ -564,19 +616,25 @@ class ConchAttentionImpl(ConchImplBase):
             kv_cache = bound_kv_cache(layer)
             block_size = self.key_value_caches(kv_cache)[0].shape[1]
         schedule = self.make_schedule(block_size, self.device(layer))
-        for query_len, causal, packed in product(
+        quantizes = self.vllm_config.compilation_config.pass_config.fuse_attn_quant
+        for query_len, causal, packed, quantized in product(
             self.warm_up_query_lens(schedule.device),
-            self.causal_modes(),
+            self.causal_modes(schedule.device),
             (False, True),
+            (False, True) if quantizes else (False,),
         ):
             if query_len <= schedule.max_num_tokens:
-                self.run_dummy_batch(layer, schedule, query_len, causal, packed)
+                self.run_dummy_batch(
+                    layer, schedule, query_len, causal, packed, quantized
+                )
 
-    def causal_modes(self) -> tuple[bool, ...]:
-        """What a batch's `causal` may be."""
+    def causal_modes(self, device: torch.device) -> tuple[bool | torch.Tensor, ...]:
+        """What a batch of one sequence may have as `causal`."""
         if self.attn_type != AttentionType.DECODER:
             return (False,)
-        return (True, False) if attends_both_ways(self.vllm_config) else (True,)
+        if not attends_both_ways(self.vllm_config):
+            return (True,)
+        return True, False, torch.ones(1, dtype=torch.bool, device=device)
 
     def warm_up_query_lens(self, device: torch.device) -> list[int]:
         """Lengths of a query, one for every choice that kernels make by it."""
@@ -592,8 +650,9 @@ class ConchAttentionImpl(ConchImplBase):
         layer: AttentionLayer,
         schedule: VarlenSchedule,
         query_len: int,
-        causal: bool,
+        causal: bool | torch.Tensor,
         packed: bool,
+        quantized: bool,
     ) -> None:
         """Writes and attends one sequence.
 
@@ -601,10 +660,11 @@ class ConchAttentionImpl(ConchImplBase):
             layer: the layer of this implementation.
             schedule: made for the layer.
             query_len: the sequence's length.
-            causal: whether attention is causal.
+            causal: whether attention is causal, or a tensor that says it.
             packed: whether query, key and value are slices of one tensor, as many
                 models pass them, or each has its own: kernels are compiled for
                 the alignment of strides.
+            quantized: whether the output is quantised to fp8.
         """
         device = schedule.device
         # An encoder with fewer tokens copies them, see `pages_of_batch`.
@@ -635,6 +695,7 @@ class ConchAttentionImpl(ConchImplBase):
             block_table=integers(0).expand(1, max_blocks).contiguous(),
             slot_mapping=torch.full((query_len,), -1, device=device),
             causal=causal,
+            mm_prefix_range=None,
             schedules={self.schedule_key: schedule},
         )
         schedule.update(
@@ -642,8 +703,11 @@ class ConchAttentionImpl(ConchImplBase):
             metadata.seq_lens,
             max_query_len=query_len,
             num_tokens=query_len,
+            mm_prefix_in_window=self.schedule_key.mm_prefix_in_window,
         )
         kv_cache = bound_kv_cache(layer)
         self.write_kv_cache(layer, key, value, kv_cache, metadata.slot_mapping)
-        output = torch.empty_like(query)
-        self.attend(layer, query, key, value, kv_cache, metadata, output)
+        output_scale = torch.ones(1, device=device) if quantized else None
+        dtype = current_platform.fp8_dtype() if quantized else self.dtype
+        output = torch.empty_like(query, dtype=dtype)
+        self.attend(layer, query, key, value, kv_cache, metadata, output, output_scale)
