@@ -67,10 +67,15 @@ def expected_tokens(
     return results
 
 
-def save(model_class: type[PreTrainedModel], config: Any, folder: Path) -> Any:
+def save(
+    model_class: type[PreTrainedModel],
+    config: Any,
+    folder: Path,
+    attention: str = "eager",
+) -> Any:
     """Saves a random model; returns Hugging Face's."""
     torch.manual_seed(1)
-    model = model_class._from_config(config, attn_implementation="eager").float()
+    model = model_class._from_config(config, attn_implementation=attention).float()
     model = model.eval()
     if config.tie_word_embeddings:
         # Else what a token leads to is itself, whatever attention says.
