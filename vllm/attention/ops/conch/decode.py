@@ -254,13 +254,13 @@ def decode_kernel(
             slopes: tl.constexpr = None
         else:
             slopes = load_slopes(slopes_ptr, head, row_valid)
-        if LIMITED:
+        if not LIMITED:
+            limits: tl.constexpr = None
+        else:
             limits = row_limits(
                 position, sequence, seq_len, window, causal_ptr, ranges, prefix_ptr,
                 CAUSAL, WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW,
             )  # fmt: skip
-        else:
-            limits: tl.constexpr = None
         sight = (window, slopes, limits)
         state = start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
         acc, row_max, row_sum = attend_tiles(

@@ -161,18 +161,18 @@ def prefill_kernel(
         query_ptr, offsets, dims_valid, scales, key_ptr.dtype.element_ty, SOFTCAP
     )
 
-    if LIMITED:
+    if not LIMITED:
+        limits: tl.constexpr = None
+        bounds = key_tile_bounds(
+            m_block, query_len, seq_len, window, PACK, BLOCK_M, TILE, CAUSAL, WINDOWED
+        )
+    else:
         limits = row_limits(
             seq_len - query_len + tl.minimum(token, query_len - 1),
             sequence, seq_len, window, causal_ptr, (ranges_ptr, num_ranges), prefix_ptr,
             CAUSAL, WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW,
         )  # fmt: skip
         bounds = limited_tile_bounds(limits, TILE)
-    else:
-        limits: tl.constexpr = None
-        bounds = key_tile_bounds(
-            m_block, query_len, seq_len, window, PACK, BLOCK_M, TILE, CAUSAL, WINDOWED
-        )
     keys_range, first, full_first, full_end, end = bounds
     position = seq_len - query_len + token
     block_row = block_table_ptr + sequence.to(tl.int64) * block_table_stride
