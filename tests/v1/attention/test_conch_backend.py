@@ -45,6 +45,10 @@ from tests.kernels.attention.conch_reference import (
 from vllm.attention.ops.conch import hopper_fp8_prefill, hopper_prefill
 from vllm.attention.ops.conch.plan import Device
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    kFp8DynamicTokenSym,
+    kFp8StaticTensorSym,
+)
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.triton_utils import triton
@@ -180,7 +184,7 @@ class Engine:
         *,
         padded_reqs: int = 0,
         padded_tokens: int = 0,
-        causal: bool = True,
+        causal: bool | torch.Tensor = True,
     ) -> CommonAttentionMetadata:
         """Puts a batch into the persistent buffers, padded as for a CUDA graph."""
         num_reqs = len(lengths) + padded_reqs
@@ -253,6 +257,7 @@ class Engine:
     def reference(self, layer: Any, query: torch.Tensor, metadata: Any) -> Attention:
         impl = layer.impl
         is_fp8 = impl.fp8_dtype is not None
+        in_window = getattr(layer, "mm_prefix_clamp_sliding_window", False)
         return paged_attention(
             query,
             *layer.caches,
@@ -266,6 +271,11 @@ class Engine:
             q_scale=layer._q_scale if query.dtype == impl.fp8_dtype else None,
             k_scale=layer._k_scale if is_fp8 else None,
             v_scale=layer._v_scale if is_fp8 else None,
+            sinks=impl.sinks,
+            alibi_slopes=impl.alibi_slopes,
+            alibi_sqrt=impl.alibi_sqrt,
+            mm_prefix_range=metadata.mm_prefix_range,
+            mm_prefix_in_window=in_window,
         )
 
     def check(self, layer: Any, metadata: Any) -> None:
@@ -391,7 +401,9 @@ def test_layers_with_different_windows_share_a_group(batch: str) -> None:
     """Without the hybrid KV cache manager one group holds all of a model's layers."""
     windows = [None, 16, 40, 16]
     engine = Engine([{"sliding_window": window} for window in windows])
-    assert set(engine.builder.schedules) == {(4, None), (4, 16), (4, 40)}
+    windows_of_schedules = {key.sliding_window for key in engine.builder.schedules}
+    assert windows_of_schedules == {None, 16, 40}
+    assert len(engine.builder.schedules) == 3
     engine.step(BATCHES[batch])
 
 
@@ -413,7 +425,7 @@ def test_one_update_per_schedule_and_step(monkeypatch: pytest.MonkeyPatch) -> No
 
         monkeypatch.setattr(schedule, "update", counted)
     engine.step(BATCHES["mixed"])
-    assert sorted(updates, key=str) == [(4, 16), (4, None)]
+    assert sorted(key.sliding_window or 0 for key in updates) == [0, 16]
 
 
 def test_softcap() -> None:
@@ -423,6 +435,54 @@ def test_softcap() -> None:
 def test_non_causal() -> None:
     engine = Engine([{}, {"sliding_window": 16}])
     engine.step(BATCHES["mixed"], causal=False)
+
+
+@pytest.mark.parametrize("batch", ["decode", "mixed"])
+def test_sinks(batch: str) -> None:
+    """gpt-oss: one logit more for each head, in layers with a window and without."""
+    sinks = torch.linspace(-1, 3, NUM_HEADS, device=DEVICE)
+    engine = Engine([{"sinks": sinks}, {"sinks": sinks, "sliding_window": 16}, {}])
+    engine.step(BATCHES[batch])
+
+
+@pytest.mark.parametrize("batch", ["decode", "mixed"])
+@pytest.mark.parametrize("use_sqrt", [False, True])
+def test_alibi(use_sqrt: bool, batch: str) -> None:
+    slopes = [2.0**-i for i in range(1, NUM_HEADS + 1)]
+    options = {"use_alibi_sqrt": True} if use_sqrt else {}
+    Engine([{"alibi_slopes": slopes} | options]).step(BATCHES[batch])
+
+
+def test_some_sequences_of_a_batch_are_causal() -> None:
+    flags = torch.tensor([True, False, False, True], device=DEVICE)
+    Engine([{}, {"sliding_window": 16}]).step(BATCHES["mixed"], causal=flags)
+
+
+@pytest.mark.skipif(
+    not ConchAttentionBackend.supports_mm_prefix(),
+    reason="with this release such models are refused",
+)
+@pytest.mark.parametrize("in_window", [False, True])
+def test_images_are_seen_both_ways(in_window: bool) -> None:
+    """Tokens of an image see all of it, in window layers too."""
+    engine = Engine([{}, {"sliding_window": 16}])
+    for layer in engine.layers:
+        layer.mm_prefix_clamp_sliding_window = in_window
+    builder = ConchAttentionMetadataBuilder(
+        engine.builder.kv_cache_spec,
+        ["layer.0", "layer.1"],
+        engine.config,
+        torch.device(DEVICE),
+    )
+    common = engine.fill(BATCHES["mixed"])
+    # Sequence 1 has keys 0 to 32, 20 of them new; sequence 3 has 37 new ones.
+    common.mm_req_doc_ranges = {1: [(2, 20), (22, 30)], 3: [(5, 36)]}
+    metadata = builder.build(0, common)
+    assert metadata.mm_prefix_range.shape == (4, 2, 2)
+    for layer in engine.layers:
+        engine.check(layer, metadata)
+    common.mm_req_doc_ranges = None
+    assert builder.build(0, common).mm_prefix_range is None
 
 
 def test_shared_cache_is_not_written() -> None:
@@ -464,6 +524,152 @@ def test_largest_batch() -> None:
     """As many sequences and tokens as the engine is configured for."""
     engine = Engine(num_blocks=200)
     engine.step([(24, 8 * i) for i in range(8)])
+
+
+# ---- encoders, and decoders that attend to them
+
+ENCODER_TYPES = [AttentionType.ENCODER, AttentionType.ENCODER_ONLY]
+# Lengths of whole sequences; most begin in the middle of a page of 16 tokens.
+ENCODER_BATCHES = {
+    "one token": [1],
+    "less than a page": [3, 5],
+    "a page": [16],
+    "ragged": [7, 33, 1, 50],
+    "long": [100, 17, 70],
+}
+
+
+def check_encoder(engine: Engine, lengths: Sequence[int], **padding: int) -> None:
+    """Every layer sees the batch alone: no cache is read or written."""
+    common = engine.fill([(length, 0) for length in lengths], causal=False, **padding)
+    common.seq_lens.fill_(MAX_MODEL_LEN)  # as dummy batches may claim
+    metadata = engine.builder.build(0, common)
+    for layer in engine.layers:
+        # NaN in the cache, in padding rows and behind the batch's last token.
+        query, key, value = engine.new_tokens(layer, metadata.num_actual_tokens)
+        output = torch.full_like(query, SENTINEL)
+        run_layer(layer, query, key, value, metadata, output)
+        assert all(bool(cache.float().isnan().all()) for cache in layer.caches)
+        rows = (sum(lengths), NUM_KV_HEADS, HEAD_SIZE)
+        pages = torch.zeros(2, len(lengths), 112, *rows[1:], device=DEVICE)
+        for cache, new in zip(pages, (key, value)):
+            for page, tokens in zip(cache, new[: rows[0]].split(list(lengths))):
+                page[: len(tokens)] = tokens
+        numbers = torch.arange(len(lengths), dtype=torch.int32, device=DEVICE)
+        reference = paged_attention(
+            query,
+            *pages,
+            engine.query_start_loc[: len(lengths) + 1],
+            torch.tensor(lengths),
+            numbers[:, None],
+            scale=layer.impl.scale,
+            causal=False,
+            softcap=layer.impl.softcap,
+            sliding_window=layer.impl.sliding_window,
+        )
+        reference = Attention(*(part[: rows[0]] for part in reference))
+        allowed = output_tolerance(reference, query.dtype)
+        assert_close("output", output[: rows[0]], reference.output, allowed)
+        assert bool((output[rows[0] :] == SENTINEL).all()), "padding was written"
+
+
+@pytest.mark.parametrize("attn_type", ENCODER_TYPES)
+@pytest.mark.parametrize("batch", ENCODER_BATCHES)
+def test_encoder(batch: str, attn_type: str) -> None:
+    check_encoder(Engine([{"attn_type": attn_type}]), ENCODER_BATCHES[batch])
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_encoder_with_windows_and_softcap(dtype: torch.dtype) -> None:
+    options = [{"sliding_window": 8}, {"logits_soft_cap": 5.0}, {"num_heads": 8}]
+    layers = [{"attn_type": AttentionType.ENCODER_ONLY} | more for more in options]
+    check_encoder(Engine(layers, dtype=dtype), ENCODER_BATCHES["ragged"])
+
+
+def test_encoder_beside_an_fp8_cache() -> None:
+    """What other layers' caches hold is nothing to a layer without one."""
+    layers = [{"attn_type": AttentionType.ENCODER_ONLY}]
+    check_encoder(Engine(layers, kv_cache_dtype="fp8"), ENCODER_BATCHES["ragged"])
+
+
+def test_encoder_takes_consecutive_padded_batches() -> None:
+    """Buffers of lengths and pages stay where they are, as a CUDA graph needs it."""
+    engine = Engine([{"attn_type": AttentionType.ENCODER_ONLY}])
+    for lengths in ([100, 17, 70], [5], [7, 33, 1, 50], [2, 2]):
+        check_encoder(engine, lengths, padded_reqs=2, padded_tokens=3)
+        pages = engine.builder.encoder_pages
+        metadata = engine.builder.build(0, engine.fill([(9, 0)], causal=False))
+        assert metadata.block_table.data_ptr() == pages.block_table.data_ptr()
+        assert metadata.seq_lens.data_ptr() == pages.seq_lens.data_ptr()
+
+
+@gpu_only
+def test_nothing_compiles_after_an_encoders_warm_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from triton import knobs
+
+    layers = [{"attn_type": AttentionType.ENCODER_ONLY, "sliding_window": 8}, {}]
+    layers[1]["attn_type"] = AttentionType.ENCODER_ONLY
+    engine = Engine(layers, dtype=torch.bfloat16)
+    for layer in engine.layers:
+        layer.impl.warm_up(layer)
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        knobs.runtime,
+        "jit_post_compile_hook",
+        lambda **event: compiled.append(event["fn"].name),
+    )
+    for lengths in ENCODER_BATCHES.values():
+        check_encoder(engine, lengths)
+    assert not compiled
+
+
+def test_encoder_warm_up_needs_no_cache() -> None:
+    engine = Engine([{"attn_type": AttentionType.ENCODER_ONLY}])
+    (layer,) = engine.layers
+    bind_kv_cache(layer, torch.tensor([]))
+    layer.impl.run_dummy_batches(layer)
+
+
+@pytest.mark.parametrize("num_new", [0, 2])
+def test_cross_attention(num_new: int) -> None:
+    """Queries of any length see all that an encoder left, new or from before.
+
+    Encoders may be longer than the model, and shorter than the decoder's prompt.
+    """
+    engine = Engine([{"attn_type": AttentionType.ENCODER_DECODER}])
+    (layer,) = engine.layers
+    query_lens = [30, 20, 1, 1, 45, 5]
+    seq_lens = [10, 3, MAX_MODEL_LEN + 9, 70, 41, 2]
+    engine.fill([(1, seq_len - 1) for seq_len in seq_lens])  # deals out the pages
+    pages = engine.block_table.clone()
+    common = engine.fill([(query_len, 0) for query_len in query_lens], causal=False)
+    engine.block_table.copy_(pages)
+    engine.seq_lens[: len(seq_lens)] = torch.tensor(seq_lens)
+    common.max_seq_len = max(seq_lens)
+    metadata = engine.builder.build(0, common)
+    assert metadata.seq_lens.tolist() == seq_lens
+    slots = []
+    for row, seq_len in enumerate(seq_lens):
+        position = torch.arange(seq_len, device=DEVICE)
+        slots.append(pages[row, position // BLOCK_SIZE].long() * BLOCK_SIZE)
+        slots[-1] += position % BLOCK_SIZE
+        if row >= num_new:  # cached in a step before
+            for cache in layer.caches:
+                rows = torch.randn(seq_len, NUM_KV_HEADS, HEAD_SIZE, device=DEVICE)
+                cache[slots[-1] // BLOCK_SIZE, slots[-1] % BLOCK_SIZE] = rows
+    nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    metadata.slot_mapping = torch.cat([nothing, *slots[:num_new]])
+    key = value = None
+    if num_new:
+        num_states = len(metadata.slot_mapping)
+        shape = (num_states, NUM_KV_HEADS, HEAD_SIZE)
+        key, value = (torch.randn(shape, device=DEVICE) for _ in range(2))
+    query = engine.new_tokens(layer, metadata.num_actual_tokens)[0]
+    output = torch.full_like(query, SENTINEL)
+    run_layer(layer, query, key, value, metadata, output)
+    engine.check_output(layer, query, output, metadata)
 
 
 # ---- CUDA graphs: metadata of a capture, replayed with other batches
@@ -617,6 +823,16 @@ def test_every_cuda_graph_mode_is_supported() -> None:
     assert support == AttentionCGSupport.ALWAYS
 
 
+def test_images_keep_out_of_graphs_of_mixed_batches() -> None:
+    """Such graphs are captured without images: theirs would be seen causally."""
+    config = make_config()
+    config.model_config.is_mm_prefix_lm = True
+    support = ConchAttentionMetadataBuilder.get_cudagraph_support(
+        config, make_spec(16, 1, 32, torch.float16)
+    )
+    assert support == AttentionCGSupport.UNIFORM_BATCH
+
+
 def test_dummy_batches_stay_within_block_tables() -> None:
     """A dummy run may claim sequences longer than the model's length."""
     engine = Engine()
@@ -624,7 +840,8 @@ def test_dummy_batches_stay_within_block_tables() -> None:
     common.seq_lens.fill_(4 * MAX_MODEL_LEN)
     common.max_seq_len = 4 * MAX_MODEL_LEN
     metadata = engine.builder.build(0, common)
-    assert metadata.seq_lens.tolist() == [MAX_MODEL_LEN] * 2
+    longest = engine.block_table.shape[1] * BLOCK_SIZE
+    assert metadata.seq_lens.tolist() == [longest] * 2
 
 
 # ---- start-up: profiling, warm-up, what is refused
@@ -743,7 +960,11 @@ SUPPORTED = [
     {"use_non_causal": True},
     {"use_kv_connector": True},
     {"use_adaptive_verification": True},
+    {"has_sink": True},
     {"attn_type": AttentionType.DECODER},
+    {"attn_type": AttentionType.ENCODER},
+    {"attn_type": AttentionType.ENCODER_ONLY},
+    {"attn_type": AttentionType.ENCODER_DECODER},
 ]  # fmt: skip
 
 UNSUPPORTED = [
@@ -757,22 +978,18 @@ UNSUPPORTED = [
         "kv_cache_dtype bfloat16 not supported with dtype torch.float16",
     ),
     ({"use_mla": True}, "MLA not supported"),
-    ({"has_sink": True}, "sink"),
     ({"use_sparse": True}, "sparse not supported"),
-    ({"use_mm_prefix": True}, "partial multimodal token full attention"),
+    *(
+        []
+        if ConchAttentionBackend.supports_mm_prefix()
+        else [({"use_mm_prefix": True}, "partial multimodal token full attention")]
+    ),
     ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),
     ({"use_batch_invariant": True}, "batch invariance not supported"),
     ({"use_pcp": True}, "PCP not supported"),
     ({"use_dcp": True}, "DCP not supported"),
     ({"use_rswa": True}, "R-SWA not supported"),
-    *(
-        ({"attn_type": attn_type}, f"attention type {attn_type} not supported")
-        for attn_type in (
-            AttentionType.ENCODER,
-            AttentionType.ENCODER_ONLY,
-            AttentionType.ENCODER_DECODER,
-        )
-    ),
+    ({"attn_type": "prefix"}, "attention type prefix not supported"),
 ]
 
 
@@ -837,17 +1054,15 @@ def test_layer_refuses_with_every_reason() -> None:
     with pytest.raises(ValueError) as error:
         engine.make_impl(
             "fp8_inc",
-            alibi_slopes=[0.5] * NUM_HEADS,
-            attn_type=AttentionType.ENCODER_ONLY,
-            sinks=torch.zeros(NUM_HEADS),
+            attn_type="prefix",
             chunk_lookback=3,
+            attention_bias=torch.zeros(1),
         )
     for reason in (
         "kv_cache_dtype fp8_inc not supported",
-        f"attention type {AttentionType.ENCODER_ONLY} not supported",
-        "ALiBi not supported",
-        "sinks not supported",
+        "attention type prefix not supported",
         "chunk_lookback not supported",
+        "attention_bias not supported",
         "--attention-backend",
     ):
         assert reason in str(error.value)
@@ -878,28 +1093,36 @@ def test_layer_refuses_context_parallelism(
         Engine()
 
 
-def test_batch_must_be_causal_or_not() -> None:
-    engine = Engine()
-    per_sequence = torch.tensor([True, False])
-    common = engine.fill([(1, 3), (1, 9)])
-    common.causal = per_sequence
-    with pytest.raises(ValueError, match="causal=.*True or False for the whole batch"):
-        engine.builder.build(0, common)
+def quantised(
+    engine: Engine, metadata: Any, **scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs the engine's first layer: its query and its output in fp8."""
+    layer = engine.layers[0]
+    engine.fill_context(layer)
+    query, key, value = engine.new_tokens(layer, metadata.num_actual_tokens)
+    output = torch.zeros(query.shape, dtype=current_platform.fp8_dtype(), device=DEVICE)
+    run_layer(layer, query, key, value, metadata, output, **scales)
+    return query, output
 
 
-def test_output_is_not_quantised() -> None:
+def test_output_in_fp8() -> None:
+    """Divided by output_scale; half a step of e4m3 is the sixteenth of a number."""
     engine = Engine()
-    (layer,) = engine.layers
+    assert engine.layers[0].impl.fused_output_quant_supported(kFp8StaticTensorSym)
+    assert not engine.layers[0].impl.fused_output_quant_supported(kFp8DynamicTokenSym)
+    metadata = engine.builder.build(0, engine.fill(BATCHES["mixed"]))
+    scale = torch.full((1,), 0.25, device=DEVICE)
+    query, output = quantised(engine, metadata, output_scale=scale)
+    reference = engine.reference(engine.layers[0], query, metadata).output
+    live = int(engine.query_start_loc[-1])
+    difference = output[:live].float() * scale - reference[:live]
+    assert bool((difference.abs() <= reference[:live].abs() / 16 + 1e-3).all())
+    assert bool((output[:live].float() != 0).any())
+
+
+def test_output_is_not_quantised_in_blocks() -> None:
+    engine = Engine()
     metadata = engine.builder.build(0, engine.fill([(1, 3)]))
-    query, key, value = engine.new_tokens(layer, 1)
-    with pytest.raises(ValueError, match="output_scale"):
-        layer.impl.forward(
-            layer,
-            query,
-            key,
-            value,
-            engine.layers[0].kv_cache,
-            metadata,
-            output=query,
-            output_scale=torch.ones(1),
-        )
+    scale = torch.ones(1, device=DEVICE)
+    with pytest.raises(ValueError, match="output_block_scale"):
+        quantised(engine, metadata, output_scale=scale, output_block_scale=scale)

@@ -6,16 +6,12 @@ Small random models in fp32, greedily. Without a GPU the kernels run in Triton's
 interpreter, on the platform of the `vllm_interpreter` plugin.
 """
 
-import gc
 import inspect
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -26,67 +22,18 @@ from transformers import (
     PreTrainedModel,
 )
 
-ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
-if not ON_GPU:
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
-    pytest.importorskip("vllm_interpreter")
-
-import vllm  # noqa: E402
-from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
-from vllm.v1.attention.backends import conch_attn  # noqa: E402
-from vllm.v1.worker import cpu_model_runner  # noqa: E402
-
-VOCABULARY = 128
-SHAPE = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 256,
-    # Far from uniform, so that the next token depends on what is attended to.
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-
-
-def random_prompts(*lengths: int, shared: int = 0) -> list[list[int]]:
-    """Prompts of random tokens that begin with the same `shared` ones."""
-    generator = torch.Generator().manual_seed(0)
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(VOCABULARY, (count,), generator=generator).tolist()
-
-    beginning = tokens(shared)
-    return [beginning + tokens(length) for length in lengths]
-
-
-def expected_tokens(
-    model: PreTrainedModel, prompts: list[list[int]], count: int
-) -> list[list[int]]:
-    """What Hugging Face generates greedily after each prompt."""
-    results = []
-    for prompt in prompts:
-        tokens = torch.tensor([prompt])
-        for _ in range(count):
-            with torch.no_grad():
-                logits = model(tokens, use_cache=False).logits[0, -1]
-            tokens = torch.cat([tokens, logits.argmax().view(1, 1)], dim=1)
-        results.append(tokens[0, len(prompt) :].tolist())
-    return results
-
-
-def save(model_class: type[PreTrainedModel], config: Any, folder: Path) -> Any:
-    torch.manual_seed(1)
-    model = model_class._from_config(config, attn_implementation="eager").float()
-    model = model.eval()
-    model.save_pretrained(folder)
-    return model
+import vllm
+from tests.v1.e2e.conch_engine import (
+    ON_GPU,
+    SHAPE,
+    engine,
+    expected_tokens,
+    generate,
+    random_prompts,
+    save,
+)
+from vllm.v1.attention.backends import conch_attn
+from vllm.v1.worker import cpu_model_runner
 
 
 @pytest.fixture(scope="module")
@@ -130,49 +77,6 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine and its worker run in this process, where a test can look."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-
-
-@contextmanager
-def engine(folder: str, **options: Any) -> Iterator[vllm.LLM]:
-    """An engine whose every attention layer runs CONCH."""
-    llm = vllm.LLM(
-        folder,
-        attention_config={"backend": "CONCH"},
-        skip_tokenizer_init=True,
-        dtype="float32",
-        enforce_eager=True,
-        disable_log_stats=False,
-        gpu_memory_utilization=0.3,
-        seed=0,
-        **{
-            "max_model_len": 128,
-            "max_num_batched_tokens": 128,
-            "max_num_seqs": 4,
-            "block_size": 16,
-            "num_gpu_blocks_override": 64,
-        }
-        | options,
-    )
-    try:
-        config = llm.llm_engine.vllm_config.compilation_config
-        layers = config.static_forward_context.values()
-        impls = [layer.impl for layer in layers if hasattr(layer, "impl")]
-        assert len(impls) == SHAPE["num_hidden_layers"]
-        assert {type(impl) for impl in impls} == {conch_attn.ConchAttentionImpl}
-        yield llm
-    finally:
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
-
-
-def generate(llm: vllm.LLM, prompts: list[list[int]], count: int) -> list[list[int]]:
-    sampling = vllm.SamplingParams(
-        temperature=0, max_tokens=count, ignore_eos=True, detokenize=False
-    )
-    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = llm.generate(inputs, sampling, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def runs_speculation_on_cpu() -> bool:
@@ -243,6 +147,10 @@ def test_softcap_and_two_windows_in_one_group(tmp_path: Path, steps: Steps) -> N
     model = save(Gemma2ForCausalLM, config, tmp_path)
     prompts = random_prompts(70, 20, 41)
     expected = expected_tokens(model, prompts, 8)
+    model.config.attn_logit_softcapping = None
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert expected_tokens(model, prompts, 8) != expected
     with engine(
         str(tmp_path),
         max_num_batched_tokens=48,

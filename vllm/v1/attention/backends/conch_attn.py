@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Attention backend CONCH: decoder attention and KV-cache write wholly in Triton.
+"""Attention backend CONCH: attention and KV-cache write wholly in Triton.
 
 The kernels are in vllm.attention.ops.conch. Here is what connects them to vLLM: which
 configurations are supported, the metadata of a step, and the calls of a layer.
@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -24,6 +24,10 @@ from vllm.attention.ops.conch.hopper_prefill import DTYPES as HOPPER_DTYPES
 from vllm.attention.ops.conch.plan import Shape, hopper_kernel, this_device
 from vllm.attention.ops.conch.reshape_and_cache import min_large_tokens
 from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    QuantKey,
+    kFp8StaticTensorSym,
+)
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.conch_base import (
@@ -42,6 +46,7 @@ from vllm.v1.attention.backends.conch_base import (
     conch_impls,
     key_value_views,
     max_decode_query_len,
+    mm_prefix_ranges,
 )
 
 MIN_HEAD_SIZE = 16
@@ -51,8 +56,21 @@ MAX_HEAD_SIZE = 512
 # longer ones than the last need no other.
 WARM_UP_QUERY_LENS = (1, 2, 4, 8, 16, 32)
 
-# Query heads and sliding window: layers of one group that agree share a schedule.
-ScheduleKey = tuple[int, int | None]
+# Encoders attend to the keys and values of the batch itself, there is no cache.
+ENCODER_TYPES = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
+ATTENTION_TYPES = (
+    AttentionType.DECODER,
+    AttentionType.ENCODER_DECODER,
+    *ENCODER_TYPES,
+)
+
+
+class ScheduleKey(NamedTuple):
+    """Layers of one group that agree in this share a schedule."""
+
+    num_heads: int
+    sliding_window: int | None
+    mm_prefix_in_window: bool
 
 
 def fp8_cache_dtype(kv_cache_dtype: str) -> torch.dtype | None:
@@ -62,6 +80,27 @@ def fp8_cache_dtype(kv_cache_dtype: str) -> torch.dtype | None:
     if kv_cache_dtype in ("fp8", "fp8_e4m3"):
         return current_platform.fp8_dtype()
     return None
+
+
+def pages_of_batch(rows: torch.Tensor) -> torch.Tensor:
+    """K or V of a batch, seen as a paged cache that is not copied.
+
+    Pages overlap: page i holds the PAGE_MULTIPLE tokens from token i on, so that a
+    sequence that begins at any token begins with a page of its own.
+
+    Args:
+        rows: [num_tokens, num_kv_heads, head_size], any strides.
+
+    Returns:
+        [num_pages, PAGE_MULTIPLE, num_kv_heads, head_size]. Pages near the end are
+        not counted, as not all of their slots exist; kernels that read no slot past
+        a sequence's end find the others there.
+    """
+    # A tensor needs two pages for its stride from one to the next to count.
+    missing = PAGE_MULTIPLE + 1 - rows.shape[0]
+    if missing > 0:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, missing))
+    return rows.unfold(0, PAGE_MULTIPLE, 1).movedim(-1, 1)
 
 
 def unsupported(
@@ -97,7 +136,8 @@ def unsupported(
         )
     if not backend.supports_attn_type(attn_type):
         reasons.append(
-            f"attention type {attn_type} not supported: only decoder attention is"
+            f"attention type {attn_type} not supported: it must be one of "
+            f"{', '.join(ATTENTION_TYPES)}"
         )
     return reasons + unsupported_by_device(dtype, kv_cache_dtype, capability)
 
@@ -176,6 +216,14 @@ class ConchAttentionBackend(ConchBackendBase):
         return MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type in ATTENTION_TYPES
+
+    @classmethod
     def validate_configuration(cls, **configuration: Any) -> list[str]:
         """Every reason why this configuration cannot run, none if it can."""
         attn_type = configuration["attn_type"]
@@ -210,10 +258,44 @@ class ConchAttentionMetadata:
     max_query_len: int  # what the kernels are chosen for, no query is longer
     query_start_loc: torch.Tensor  # [num_reqs + 1]
     seq_lens: torch.Tensor  # [num_reqs]
-    block_table: torch.Tensor  # [num_reqs, max_blocks]
-    slot_mapping: torch.Tensor  # [num_actual_tokens]
-    causal: bool
+    block_table: torch.Tensor  # [num_reqs, max_blocks]; of encoders: of the batch
+    slot_mapping: torch.Tensor  # [num_actual_tokens]; cross-attention: of K and V
+    causal: bool | torch.Tensor  # a tensor: [num_reqs], a flag for each sequence
+    mm_prefix_range: torch.Tensor | None  # [num_reqs, num_ranges, 2] seen both ways
     schedules: dict[ScheduleKey, VarlenSchedule]
+
+
+class EncoderPages:
+    """Lengths and block table with which a batch's own K and V are a paged cache.
+
+    Written anew for each batch into buffers that CUDA graphs can keep.
+    """
+
+    def __init__(self, max_num_seqs: int, max_len: int, device: torch.device) -> None:
+        self.first_tokens = torch.arange(
+            0, max_len, PAGE_MULTIPLE, dtype=torch.int32, device=device
+        )
+        self.seq_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self.block_table = torch.zeros(
+            max_num_seqs, len(self.first_tokens), dtype=torch.int32, device=device
+        )
+
+    def update(
+        self, query_start_loc: torch.Tensor, max_query_len: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """seq_lens and block_table for `pages_of_batch`: all of a sequence is query."""
+        num_seqs = query_start_loc.shape[0] - 1
+        starts, ends = query_start_loc[:-1], query_start_loc[1:]
+        seq_lens = self.seq_lens[:num_seqs]
+        block_table = self.block_table[:num_seqs]
+        num_pages = -(-max_query_len // PAGE_MULTIPLE)
+        torch.sub(ends, starts, out=seq_lens)
+        torch.add(
+            starts[:, None],
+            self.first_tokens[:num_pages],
+            out=block_table[:, :num_pages],
+        )
+        return seq_lens, block_table
 
 
 class ConchAttentionMetadataBuilder(ConchBuilderBase):
@@ -235,13 +317,29 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.decode_query_len = max_decode_query_len(vllm_config)
         self.schedules: dict[ScheduleKey, VarlenSchedule] = {}
+        self.encoder_pages: EncoderPages | None = None
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:
             for impl in conch_impls(layers[name]):
+                impl.see_layer(layers[name])
                 if impl.schedule_key not in self.schedules:
-                    self.schedules[impl.schedule_key] = impl.make_schedule(
-                        kv_cache_spec.block_size, device
-                    )
+                    schedule = impl.make_schedule(kv_cache_spec.block_size, device)
+                    self.schedules[impl.schedule_key] = schedule
+                    if impl.is_encoder and self.encoder_pages is None:
+                        self.encoder_pages = EncoderPages(
+                            schedule.max_num_seqs, schedule.max_num_tokens, device
+                        )
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
+    ) -> AttentionCGSupport:
+        model_config = vllm_config.model_config
+        if model_config is not None and model_config.is_mm_prefix_lm:
+            # A graph of mixed batches is captured without images and would replay
+            # without their ranges; no query of a decode is in one.
+            return AttentionCGSupport.UNIFORM_BATCH
+        return cls._cudagraph_support
 
     def build(
         self,
@@ -250,24 +348,25 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         fast_build: bool = False,
     ) -> ConchAttentionMetadata:
         common = common_attn_metadata
-        if not isinstance(common.causal, bool):
-            raise ValueError(
-                f"CONCH cannot run a batch with causal={common.causal}: it must be "
-                "True or False for the whole batch. Choose another backend with "
-                "--attention-backend."
+        seq_lens, block_table = common.seq_lens, common.block_table_tensor
+        if self.encoder_pages is not None:
+            seq_lens, block_table = self.encoder_pages.update(
+                common.query_start_loc, common.max_query_len
             )
-        max_model_len = self.vllm_config.model_config.max_model_len
-        if common.max_seq_len > max_model_len:
-            # Only dummy batches claim more than block tables have entries for.
-            common.seq_lens.clamp_(max=max_model_len)
+        else:
+            longest = block_table.shape[1] * self.kv_cache_spec.block_size
+            if common.max_seq_len > longest:
+                # Only dummy batches claim more than block tables have entries for.
+                seq_lens.clamp_(max=longest)
         metadata = ConchAttentionMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=self.launch_query_len(common),
             query_start_loc=common.query_start_loc,
-            seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor,
+            seq_lens=seq_lens,
+            block_table=block_table,
             slot_mapping=common.slot_mapping,
             causal=common.causal,
+            mm_prefix_range=mm_prefix_ranges(common),
             schedules=self.schedules,
         )
         self.update_schedules(metadata)
@@ -295,12 +394,14 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         return max(common.max_query_len, self.decode_query_len)
 
     def update_schedules(self, metadata: ConchAttentionMetadata) -> None:
-        for schedule in self.schedules.values():
+        for key, schedule in self.schedules.items():
             schedule.update(
                 metadata.query_start_loc,
                 metadata.seq_lens,
                 max_query_len=metadata.max_query_len,
                 num_tokens=metadata.num_actual_tokens,
+                mm_prefix_range=metadata.mm_prefix_range,
+                mm_prefix_in_window=key.mm_prefix_in_window,
             )
 
 
@@ -323,6 +424,8 @@ class ConchAttentionImpl(ConchImplBase):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        use_alibi_sqrt: bool = False,
         **arguments: Any,
     ) -> None:
         super().__init__()
@@ -333,12 +436,23 @@ class ConchAttentionImpl(ConchImplBase):
         self.sliding_window = sliding_window
         self.softcap = logits_soft_cap or 0.0
         self.kv_cache_dtype = kv_cache_dtype
-        self.fp8_dtype = fp8_cache_dtype(kv_cache_dtype)
+        self.attn_type = attn_type
+        self.is_encoder = attn_type in ENCODER_TYPES
+        self.fp8_dtype = None if self.is_encoder else fp8_cache_dtype(kv_cache_dtype)
         self.dtype = torch.get_default_dtype()  # the model's, while it is built
         self.supports_quant_query_input = self.prefers_fp8_queries()
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.schedule_key: ScheduleKey = (num_heads, sliding_window)
+        self.schedule_key = ScheduleKey(num_heads, sliding_window, False)
+        self.sinks = sinks
+        self.alibi_sqrt = use_alibi_sqrt
+        self.alibi_slopes: torch.Tensor | None = None
         self.vllm_config = get_current_vllm_config()
+        if alibi_slopes is not None:
+            self.alibi_slopes = torch.tensor(
+                alibi_slopes,
+                dtype=torch.float32,
+                device=self.vllm_config.device_config.device,
+            )
         # K and V views of the bound cache, which would cost every call anew. The
         # engine gives up the cache that it profiles with, and so do these.
         self.kv_cache: Callable[[], torch.Tensor | None] = lambda: None
@@ -352,10 +466,12 @@ class ConchAttentionImpl(ConchImplBase):
             current_platform.get_device_capability(),
         )
         model_config = self.vllm_config.model_config
-        if model_config is not None and model_config.is_mm_prefix_lm:
+        if (
+            model_config is not None
+            and model_config.is_mm_prefix_lm
+            and not ConchAttentionBackend.supports_mm_prefix()
+        ):
             reasons.append("partial multimodal token full attention not supported")
-        if alibi_slopes is not None:
-            reasons.append("ALiBi not supported")
         if self.dcp_world_size > 1:
             reasons.append("decode context parallelism (DCP) not supported")
         if self.pcp_world_size > 1:
@@ -392,6 +508,14 @@ class ConchAttentionImpl(ConchImplBase):
         is_fp8 = self.supports_quant_query_input
         return self.fp8_dtype if is_fp8 and self.fp8_dtype else self.dtype
 
+    def see_layer(self, layer: AttentionLayer) -> None:
+        """Takes over what models set on a layer after they have made it."""
+        in_window = getattr(layer, "mm_prefix_clamp_sliding_window", False)
+        self.schedule_key = self.schedule_key._replace(mm_prefix_in_window=in_window)
+
+    def fused_output_quant_supported(self, quant_key: QuantKey) -> bool:
+        return quant_key == kFp8StaticTensorSym
+
     def key_value_caches(
         self, kv_cache: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -417,7 +541,7 @@ class ConchAttentionImpl(ConchImplBase):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        if kv_cache.numel() == 0:  # profiling
+        if self.is_encoder or kv_cache.numel() == 0:  # none: profiling
             return
         key_cache, value_cache = self.key_value_caches(kv_cache)
         is_fp8 = self.fp8_dtype is not None
@@ -435,11 +559,17 @@ class ConchAttentionImpl(ConchImplBase):
         self,
         layer: AttentionLayer,
         query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         metadata: ConchAttentionMetadata,
         output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
     ) -> None:
-        key_cache, value_cache = self.key_value_caches(kv_cache)
+        if self.is_encoder:
+            key_cache, value_cache = pages_of_batch(key), pages_of_batch(value)
+        else:
+            key_cache, value_cache = self.key_value_caches(kv_cache)
         is_fp8 = self.fp8_dtype is not None
         varlen_attention(
             query,
@@ -458,6 +588,12 @@ class ConchAttentionImpl(ConchImplBase):
             k_scale=layer._k_scale if is_fp8 else None,
             v_scale=layer._v_scale if is_fp8 else None,
             schedule=metadata.schedules[self.schedule_key],
+            sinks=self.sinks,
+            alibi_slopes=self.alibi_slopes,
+            alibi_sqrt=self.alibi_sqrt,
+            mm_prefix_range=metadata.mm_prefix_range,
+            mm_prefix_in_window=self.schedule_key.mm_prefix_in_window,
+            output_scale=output_scale,
         )
 
     def make_schedule(self, block_size: int, device: torch.device) -> VarlenSchedule:
@@ -474,34 +610,55 @@ class ConchAttentionImpl(ConchImplBase):
             num_query_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
-            block_size=block_size,
+            block_size=PAGE_MULTIPLE if self.is_encoder else block_size,
             query_dtype=self.query_dtype,
             kv_dtype=self.dtype if self.fp8_dtype is None else self.fp8_dtype,
             device=device,
             sliding_window=self.sliding_window,
             decode_query_len=decode_query_len,
+            # TMA would read all slots of pages that end behind the batch.
+            portable=self.is_encoder,
         )
 
     def warm_up(self, layer: AttentionLayer) -> None:
-        if not bound_kv_cache(layer).is_cpu:  # the interpreter compiles nothing
+        if self.device(layer).type != "cpu":  # the interpreter compiles nothing
             self.run_dummy_batches(layer)
+
+    def device(self, layer: AttentionLayer) -> torch.device:
+        """Where the layer runs."""
+        if self.is_encoder:  # nothing is bound to it
+            return torch.empty(0, device=self.vllm_config.device_config.device).device
+        return bound_kv_cache(layer).device
 
     def run_dummy_batches(self, layer: AttentionLayer) -> None:
         """Runs batches that between them need every kernel of this layer.
 
         They read the page that vLLM keeps free of data and write to no slot.
         """
-        kv_cache = bound_kv_cache(layer)
-        block_size = self.key_value_caches(kv_cache)[0].shape[1]
-        schedule = self.make_schedule(block_size, kv_cache.device)
-        causal_modes = (True, False) if attends_both_ways(self.vllm_config) else (True,)
-        for query_len, causal, packed in product(
-            self.warm_up_query_lens(kv_cache.device), causal_modes, (False, True)
+        block_size = PAGE_MULTIPLE
+        if not self.is_encoder:
+            kv_cache = bound_kv_cache(layer)
+            block_size = self.key_value_caches(kv_cache)[0].shape[1]
+        schedule = self.make_schedule(block_size, self.device(layer))
+        quantizes = self.vllm_config.compilation_config.pass_config.fuse_attn_quant
+        for query_len, causal, packed, quantized in product(
+            self.warm_up_query_lens(schedule.device),
+            self.causal_modes(schedule.device),
+            (False, True),
+            (False, True) if quantizes else (False,),
         ):
             if query_len <= schedule.max_num_tokens:
                 self.run_dummy_batch(
-                    layer, kv_cache, schedule, query_len, causal, packed
+                    layer, schedule, query_len, causal, packed, quantized
                 )
+
+    def causal_modes(self, device: torch.device) -> tuple[bool | torch.Tensor, ...]:
+        """What a batch of one sequence may have as `causal`."""
+        if self.attn_type != AttentionType.DECODER:
+            return (False,)
+        if not attends_both_ways(self.vllm_config):
+            return (True,)
+        return True, False, torch.ones(1, dtype=torch.bool, device=device)
 
     def warm_up_query_lens(self, device: torch.device) -> list[int]:
         """Lengths of a query, one for every choice that kernels make by it."""
@@ -515,35 +672,37 @@ class ConchAttentionImpl(ConchImplBase):
     def run_dummy_batch(
         self,
         layer: AttentionLayer,
-        kv_cache: torch.Tensor,
         schedule: VarlenSchedule,
         query_len: int,
-        causal: bool,
+        causal: bool | torch.Tensor,
         packed: bool,
+        quantized: bool,
     ) -> None:
         """Writes and attends one sequence.
 
         Args:
             layer: the layer of this implementation.
-            kv_cache: its cache.
             schedule: made for the layer.
             query_len: the sequence's length.
-            causal: whether attention is causal.
+            causal: whether attention is causal, or a tensor that says it.
             packed: whether query, key and value are slices of one tensor, as many
                 models pass them, or each has its own: kernels are compiled for
                 the alignment of strides.
+            quantized: whether the output is quantised to fp8.
         """
-        device = kv_cache.device
+        device = schedule.device
+        # An encoder with fewer tokens copies them, see `pages_of_batch`.
+        num_tokens = max(query_len, 2 * PAGE_MULTIPLE if self.is_encoder else 0)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         if packed:
             packed_rows = torch.zeros(
-                query_len, sum(heads), self.head_size, dtype=self.dtype, device=device
+                num_tokens, sum(heads), self.head_size, dtype=self.dtype, device=device
             )
             query, key, value = packed_rows.split(heads, dim=1)
         else:
             query, key, value = (
                 torch.zeros(
-                    query_len, count, self.head_size, dtype=self.dtype, device=device
+                    num_tokens, count, self.head_size, dtype=self.dtype, device=device
                 )
                 for count in heads
             )
@@ -560,6 +719,7 @@ class ConchAttentionImpl(ConchImplBase):
             block_table=integers(0).expand(1, max_blocks).contiguous(),
             slot_mapping=torch.full((query_len,), -1, device=device),
             causal=causal,
+            mm_prefix_range=None,
             schedules={self.schedule_key: schedule},
         )
         schedule.update(
@@ -567,7 +727,12 @@ class ConchAttentionImpl(ConchImplBase):
             metadata.seq_lens,
             max_query_len=query_len,
             num_tokens=query_len,
+            mm_prefix_in_window=self.schedule_key.mm_prefix_in_window,
         )
+        kv_cache = bound_kv_cache(layer)
         self.write_kv_cache(layer, key, value, kv_cache, metadata.slot_mapping)
-        output = torch.empty_like(query)
-        self.attend(layer, query.to(self.query_dtype), kv_cache, metadata, output)
+        output_scale = torch.ones(1, device=device) if quantized else None
+        dtype = current_platform.fp8_dtype() if quantized else self.dtype
+        output = torch.empty_like(query, dtype=dtype)
+        query = query.to(self.query_dtype)
+        self.attend(layer, query, key, value, kv_cache, metadata, output, output_scale)

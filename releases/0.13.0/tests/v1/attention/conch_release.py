@@ -80,10 +80,11 @@ def run_layer(
     value: torch.Tensor | None,
     metadata: Any,
     output: torch.Tensor,
+    **scales: torch.Tensor,
 ) -> torch.Tensor:
     """What vLLM's attention layer calls in one step."""
     return layer.impl.forward(
-        layer, query, key, value, layer.kv_cache[0], metadata, output=output
+        layer, query, key, value, layer.kv_cache[0], metadata, output=output, **scales
     )
 
 

@@ -67,6 +67,7 @@ def run_layer(
     value: torch.Tensor | None,
     metadata: Any,
     output: torch.Tensor,
+    **scales: torch.Tensor,
 ) -> torch.Tensor:
     """What vLLM's attention layer calls in one step."""
     impl = layer.impl
@@ -76,7 +77,7 @@ def run_layer(
             layer, key, value, layer.kv_cache, metadata.slot_mapping
         )
     return impl.forward(
-        layer, query, key, value, layer.kv_cache, metadata, output=output
+        layer, query, key, value, layer.kv_cache, metadata, output=output, **scales
     )
 
 

@@ -45,13 +45,14 @@ __all__ = [
     "conch_impls",
     "key_value_views",
     "max_decode_query_len",
+    "mm_prefix_ranges",
 ]
 
 PAGE_MULTIPLE = 16  # pages hold a multiple of so many tokens
 
 # Arguments that models pass to their attention layers, each with the value that
 # stands for not using the feature.
-NEUTRAL_ARGUMENTS: dict[str, Any] = {"sinks": None}
+NEUTRAL_ARGUMENTS: dict[str, Any] = {}
 
 # Physical order of the logical KV cache dimensions (block, K or V, slot, head, dim).
 PHYSICAL_ORDERS = {"NHD": (0, 1, 2, 3, 4), "HND": (0, 1, 3, 2, 4)}
@@ -90,6 +91,11 @@ def max_decode_query_len(vllm_config: VllmConfig) -> int:
 def attends_both_ways(vllm_config: VllmConfig) -> bool:
     """Whether the model's decoder layers may be asked for non-causal attention."""
     return False
+
+
+def mm_prefix_ranges(common: CommonAttentionMetadata) -> torch.Tensor | None:
+    """None: here models with such ranges are refused."""
+    return None
 
 
 class ConchBackendBase(AttentionBackend):
@@ -154,6 +160,7 @@ class ConchImplBase(AttentionImpl):
     """Connects vLLM's one call per layer to write_kv_cache() and attend()."""
 
     kv_sharing_target_layer_name: str | None
+    is_encoder: bool
 
     def __init__(self) -> None:
         self.is_warm = False
@@ -174,11 +181,14 @@ class ConchImplBase(AttentionImpl):
         self,
         layer: AttentionLayer,
         query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         metadata: Any,
         output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
     ) -> None:
-        """Writes the attention of the new tokens to everything in the cache."""
+        """Writes the new tokens' attention to the cache, in encoders to the batch."""
 
     @abstractmethod
     def warm_up(self, layer: AttentionLayer) -> None:
@@ -202,17 +212,24 @@ class ConchImplBase(AttentionImpl):
             # A dummy run: to profile, while there is no KV cache yet, or to warm up.
             # The engine makes one of the latter before it serves, with graphs or
             # without, so that this compiles the kernels in time.
-            if not self.is_warm and kv_cache.numel() > 0:
+            # Encoders have none at any time.
+            if not self.is_warm and (self.is_encoder or kv_cache.numel() > 0):
                 self.warm_up(layer)
                 self.is_warm = True
             return output.fill_(0)
-        if output_scale is not None or output_block_scale is not None:
-            raise ValueError("CONCH does not quantise its output: output_scale given.")
+        if output_block_scale is not None:
+            raise ValueError(
+                "CONCH cannot quantise its output in blocks: output_block_scale is "
+                "given, only output_scale alone is supported. Leave fuse_attn_quant "
+                "out of --compilation-config."
+            )
         if (
             self.kv_sharing_target_layer_name is None
             and key is not None
             and value is not None
         ):
             self.write_kv_cache(layer, key, value, kv_cache, attn_metadata.slot_mapping)
-        self.attend(layer, query, kv_cache, attn_metadata, output)
+        self.attend(
+            layer, query, key, value, kv_cache, attn_metadata, output, output_scale
+        )
         return output

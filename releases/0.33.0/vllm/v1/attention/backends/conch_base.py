@@ -26,6 +26,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
     max_decode_query_len,
 )
+from vllm.v1.attention.backends.utils import compute_mm_prefix_range_tensor
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "conch_impls",
     "key_value_views",
     "max_decode_query_len",
+    "mm_prefix_ranges",
 ]
 
 PAGE_MULTIPLE = 16  # pages hold a multiple of so many tokens
@@ -56,7 +58,7 @@ PREFERRED_KV_CACHE_LAYOUTS: tuple[KVCacheLayout, ...] | None = None
 
 # Arguments that models pass to their attention layers, each with the value that
 # stands for not using the feature.
-NEUTRAL_ARGUMENTS: dict[str, Any] = {"sinks": None, "chunk_lookback": -1}
+NEUTRAL_ARGUMENTS: dict[str, Any] = {"chunk_lookback": -1}
 
 
 def key_value_views(
@@ -77,6 +79,13 @@ def attends_both_ways(vllm_config: VllmConfig) -> bool:
     return vllm_config.attention_config.use_non_causal
 
 
+def mm_prefix_ranges(common: CommonAttentionMetadata) -> torch.Tensor | None:
+    """[num_reqs, num_ranges, 2] positions that see each other, None without any."""
+    return compute_mm_prefix_range_tensor(
+        common.mm_req_doc_ranges, common.num_reqs, common.seq_lens.device
+    )
+
+
 class ConchBackendBase(AttentionBackend):
     """What CONCH takes part in, and what it prefers where vLLM asks."""
 
@@ -92,6 +101,14 @@ class ConchBackendBase(AttentionBackend):
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_alibi_sqrt(cls) -> bool:
         return True
 
     @classmethod
@@ -158,11 +175,14 @@ class ConchImplBase(AttentionImpl):
         self,
         layer: AttentionLayer,
         query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         metadata: Any,
         output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
     ) -> None:
-        """Writes the attention of the new tokens to everything in the cache."""
+        """Writes the new tokens' attention to the cache, in encoders to the batch."""
 
     @abstractmethod
     def warm_up(self, layer: AttentionLayer) -> None:
@@ -192,9 +212,15 @@ class ConchImplBase(AttentionImpl):
     ) -> torch.Tensor:
         if attn_metadata is None:  # profiling: there is no KV cache yet
             return output.fill_(0)
-        if output_scale is not None or output_block_scale is not None:
-            raise ValueError("CONCH does not quantise its output: output_scale given.")
-        self.attend(layer, query, kv_cache, attn_metadata, output)
+        if output_block_scale is not None:
+            raise ValueError(
+                "CONCH cannot quantise its output in blocks: output_block_scale is "
+                "given, only output_scale alone is supported. Leave fuse_attn_quant "
+                "out of --compilation-config."
+            )
+        self.attend(
+            layer, query, key, value, kv_cache, attn_metadata, output, output_scale
+        )
         return output
 
 
