@@ -120,7 +120,7 @@ def nvidia_resources(compiled: CompiledKernel) -> Resources:
         registers,
         stack + local,
         max(shared, compiled.metadata.shared),
-        dict(Counter(n for n in names if n.startswith("LDG"))),
+        dict(Counter(n for n in names if n.startswith(("LDG", "UTMALDG")))),
         dict(Counter(n for n in names if n.startswith("STG"))),
         len(names),
         dict(Counter(re.findall(r"\b(\w*MMA)\b", " ".join(names)))),

@@ -47,6 +47,7 @@ class Case:
 CASES = {
     "64": Case(64),
     "64_verify": Case(64, decode_query_len=5),
+    "64_page": Case(64, block_size=128),
     "64_rows": Case(64, group=8, decode_query_len=16),
     "80": Case(80),
     "128": Case(128),
@@ -58,6 +59,7 @@ CASES = {
     "128_fp8_rows": Case(128, group=8, decode_query_len=16, kv_dtype=E5M2),
     "128_fp32": Case(128, dtype=torch.float32, kv_dtype=torch.float32),
     "256": Case(256),
+    "256_page": Case(256, block_size=128),
     "256_verify": Case(256, decode_query_len=5),
     "256_rows": Case(256, group=8, decode_query_len=16),
     "256_fp8": Case(256, kv_dtype=E5M2),
@@ -244,6 +246,14 @@ def test_tensor_memory_on_blackwell(compiled):
     for case_name, case, found in of_kernel(compiled["sm100"], "prefill_kernel"):
         if case.dtype == BF16 and case.head_size <= 256:
             assert "UTCHMMA" in found.products, (case_name, found)
+
+
+@pytest.mark.parametrize("name", ["sm80", "sm90", "sm100", "sm120"])
+def test_boxes_by_tma(name, compiled):
+    """Pages of a tile or more are read without addresses, where that is planned."""
+    for case_name, case, found in of_kernel(compiled[name], "prefill_kernel"):
+        boxes = name in ("sm90", "sm100") and case.block_size == 128
+        assert ("UTMALDG.4D" in found.loads) == boxes, (case_name, found)
 
 
 @pytest.mark.parametrize("name", ["sm80", "sm89", "sm90", "sm100", "sm120"])

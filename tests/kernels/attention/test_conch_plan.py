@@ -76,6 +76,11 @@ lengths = st.integers(1, MAX_DECODE_QUERY_LEN)
 devices = st.sampled_from(list(ALL_DEVICES.values()))
 
 
+def configs(chosen: AttentionPlan) -> list[Config]:
+    found = [chosen.decode, chosen.prefill, chosen.prefill_boxes]
+    return [config for config in found if config]
+
+
 def is_power_of_two(number: int) -> bool:
     return number & (number - 1) == 0
 
@@ -87,9 +92,11 @@ def test_every_shape_has_a_plan(shape, device, max_query_len):
     chosen = make_plan(shape, device, max_query_len)
     assert chosen.num_workers >= device.num_units
     assert chosen.prefill_rows % chosen.prefill.block_m == 0
-    for config in (chosen.decode, chosen.prefill):
+    for config in configs(chosen):
         assert config.block_m >= 16 and is_power_of_two(config.block_m)
         assert config.tile >= 16 and is_power_of_two(config.tile)
+        masked_tile = config.masked_tile or config.tile
+        assert 16 <= masked_tile <= config.tile and is_power_of_two(masked_tile)
         assert config.num_warps in (4, 8, 16)
         assert config.num_stages >= 1
         if device.backend != "cuda":
@@ -105,7 +112,7 @@ def test_every_shape_has_a_plan(shape, device, max_query_len):
 def test_tiles_fit(shape, device, max_query_len):
     """The least that a tile takes: compiling shows what it does take."""
     chosen = portable(shape, device, max_query_len)
-    for config in (chosen.decode, chosen.prefill):
+    for config in configs(chosen):
         query = config.block_m * shape.head_padded * shape.query_dtype.itemsize
         tiles = plan.tile_bytes(shape, config.tile)
         if config.num_stages > 1:  # two tiles of K and of V, one in use
@@ -124,7 +131,7 @@ def test_tiles_fit(shape, device, max_query_len):
 def test_a_plan_does_not_depend_on_the_batch(shape, device):
     """Few compiled variants: the query length only widens the tile of decode rows."""
     plans = [make_plan(shape, device, n) for n in range(1, MAX_DECODE_QUERY_LEN + 1)]
-    assert len({chosen.prefill for chosen in plans}) == 1
+    assert len({(chosen.prefill, chosen.prefill_boxes) for chosen in plans}) == 1
     assert len({chosen.num_workers for chosen in plans}) == 1
     rows = [chosen.decode.block_m for chosen in plans]
     assert rows == sorted(rows) and len({chosen.decode for chosen in plans}) <= 5
@@ -136,7 +143,7 @@ def test_layers_of_one_kind_share_variants(shape, device, max_query_len):
     """The number of KV heads is no reason for other tiles."""
     other = shape._replace(num_query_heads=shape.group, num_kv_heads=1)
     one, two = (make_plan(s, device, max_query_len) for s in (shape, other))
-    assert (one.decode, one.prefill) == (two.decode, two.prefill)
+    assert list(configs(one)) == list(configs(two))
 
 
 @settings(deadline=None, max_examples=300)
@@ -153,6 +160,32 @@ def test_no_wgmma_with_converted_operands(shape, max_query_len):
 
 @settings(deadline=None, max_examples=300)
 @given(shapes, devices)
+def test_boxes(shape, device):
+    """Only of 16 bits and within a page, and the schedule knows one number of rows."""
+    for chosen in portable(shape, device), make_plan(shape, device, 1):
+        boxes = chosen.prefill_boxes
+        if boxes:
+            assert device in (H200, DEVICES["B200"])
+            assert shape.query_dtype.itemsize == shape.kv_dtype.itemsize == 2
+            assert shape.block_size % boxes.tile == 0
+            assert boxes.block_m == chosen.prefill.block_m
+
+
+@pytest.mark.parametrize("block_size, expected", [(16, False), (64, True), (192, True)])
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+def test_boxes_need_pages_of_a_tile(head_size, block_size, expected):
+    shape = layer(head_size, block_size=block_size)
+    for name in ("H200", "B200"):
+        chosen = portable(shape, DEVICES[name])
+        assert (chosen.prefill_boxes is not None) == expected
+        fp8 = portable(shape._replace(kv_dtype=E5M2), DEVICES[name])
+        assert fp8.prefill_boxes is None
+    for name in ("A100", "L40S", "RTX 5090", "MI300X", "interpreter"):
+        assert portable(shape, ALL_DEVICES[name]).prefill_boxes is None
+
+
+@settings(deadline=None, max_examples=300)
+@given(shapes, devices)
 def test_lanes_of_heads(shape, device):
     chosen = make_plan(shape, device, 1)
     tiles = shape.num_query_heads // chosen.prefill_pack
@@ -162,20 +195,23 @@ def test_lanes_of_heads(shape, device):
         assert chosen.head_lanes == head_lanes(tiles, 8) == math.gcd(tiles, 8)
 
 
-# What comments in the plan give rates for: (head size, cache, decode, prefill).
+# What comments in the plan give rates for: (head size, cache, page, decode, prefill).
 MEASURED = [
-    (64, BF16, Config(16, 128, 4, 5), Config(64, 64, 4, 3)),
-    (128, BF16, Config(16, 64, 4, 5), Config(128, 128, 8, 2)),
-    (128, E4M3, Config(16, 128, 4, 5), Config(32, 64, 4, 3)),
+    (64, BF16, 16, Config(16, 128, 4, 5), Config(64, 128, 4, 2, masked_tile=64)),
+    (64, BF16, 128, Config(16, 128, 4, 5), Config(64, 64, 4, 3)),
+    (128, BF16, 16, Config(16, 64, 4, 5), Config(128, 128, 8, 2, masked_tile=64)),
+    (128, BF16, 128, Config(16, 64, 4, 5), Config(128, 64, 4, 2, masked_tile=32)),
+    (128, E4M3, 16, Config(16, 128, 4, 5), Config(32, 64, 4, 3)),
 ]
 
 
-@pytest.mark.parametrize("head_size,kv_dtype,decode,prefill", MEASURED)
-def test_measured_on_an_h200(head_size, kv_dtype, decode, prefill):
+@pytest.mark.parametrize("head_size, kv_dtype, page, decode, prefill", MEASURED)
+def test_measured_on_an_h200(head_size, kv_dtype, page, decode, prefill):
     for query_dtype in (BF16, FP16):
         cache = query_dtype if kv_dtype == BF16 else kv_dtype
-        chosen = portable(layer(head_size, query_dtype, cache), H200)
-        assert (chosen.decode, chosen.prefill) == (decode, prefill)
+        chosen = portable(layer(head_size, query_dtype, cache, block_size=page), H200)
+        assert chosen.decode == decode
+        assert (chosen.prefill_boxes or chosen.prefill) == prefill
 
 
 @pytest.mark.parametrize("name", ["A100", "L40S", "RTX 5090"])
@@ -294,12 +330,13 @@ def triton_of_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("head_size", [64, 128, 256])
 def test_hopper_kernel(head_size, triton_of_hopper, monkeypatch):
-    shape = layer(head_size)
+    shape, paged = layer(head_size), layer(head_size, block_size=128)
     chosen = make_plan(shape, H200, 1)
     assert chosen.hopper and not portable(shape, H200).hopper
     # The schedule and the portable kernel, which strides may call for, share rows.
     rows = hopper_prefill.CONFIGS[head_size].block_m
-    assert chosen.prefill.block_m == rows
+    for config in (chosen.prefill, make_plan(paged, H200, 1).prefill_boxes):
+        assert config.block_m == rows
     assert chosen.prefill_pack == hopper_prefill.packed_heads(shape.group)
     for other in (
         (layer(head_size, BF16, E4M3), H200),
