@@ -485,4 +485,4 @@ def test_fp8_values_are_taken_apart_with_what_the_device_has(
     kv_dtype, device, unpacking
 ):
     shape = Shape(32, 8, 128, 16, torch.bfloat16, kv_dtype)
-    assert make_plan(shape, DEVICES[device], 1).unpacking == unpacking
+    assert make_plan(shape, ALL_DEVICES[device], 1).unpacking == unpacking

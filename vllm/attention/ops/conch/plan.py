@@ -264,10 +264,10 @@ def decode_rows_limit(shape: Shape, device: Device) -> int:
 def plan_abreast(shape: Shape, device: Device) -> int | None:
     """Tiles per decode worker from which workers side by side take a head each.
 
-    Together they then read all heads of the same tokens, which lie side by side too: on
-    an H200, 32/8 heads of 128 in bf16, 64 x 8k (248 tiles per worker) take 499 us instead
-    of 506 and 16 x 8k with 5 query tokens (62) 152 instead of 156, but 8 x 8k (31) 82
-    instead of 80. With an fp8 cache 64 x 8k take 1% longer.
+    Together they then read all heads of the same tokens, which lie side by side too:
+    on an H200, 32/8 heads of 128 in bf16, 64 x 8k (248 tiles per worker) take 499 us
+    instead of 506 and 16 x 8k with 5 query tokens (62) 152 instead of 156, but 8 x 8k
+    (31) 82 instead of 80. With an fp8 cache 64 x 8k take 1% longer.
     """
     if shape.num_kv_heads == 1 or shape.kv_dtype.itemsize == 1:
         return None
@@ -368,9 +368,7 @@ HOPPER_BOXES = {
 }
 
 
-def plan_prefill_boxes(
-    shape: Shape, device: Device, pointers: Config
-) -> Config | None:
+def plan_prefill_boxes(shape: Shape, device: Device, pointers: Config) -> Config | None:
     """As `pointers`, with K and V read in boxes, each within a page; None: without.
 
     A box is one instruction (TMA) and spares the threads all addresses. Elsewhere

@@ -74,9 +74,7 @@ def fold(scales, factor, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def load_scales(
-    q_scale_ptr, k_scale_ptr, v_scale_ptr, scales, SOFTCAP: tl.constexpr
-):
+def load_scales(q_scale_ptr, k_scale_ptr, v_scale_ptr, scales, SOFTCAP: tl.constexpr):
     """The scales with q_scale and the cache's k_scale in them, and its v_scale."""
     v_scale = 1.0
     if q_scale_ptr is not None:
@@ -151,9 +149,7 @@ def page_and_slot(
 
 
 @triton.jit
-def page_numbers(
-    block_row, tile, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
-):
+def page_numbers(block_row, tile, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
     """The pages of a tile, all of whose keys exist, one scalar each; 0 from end on.
 
     Scalars are carried from turn to turn in uniform registers, so that a turn's loads
@@ -248,14 +244,14 @@ def unpack_pairs(pairs, FP8: tl.constexpr, DTYPE: tl.constexpr, HOW: tl.constexp
         even = (pairs & 0xFF).to(tl.int8).to(FP8, bitcast=True).to(DTYPE)
         odd = (pairs >> 8).to(tl.int8).to(FP8, bitcast=True).to(DTYPE)
     else:
-        tl.static_assert(DTYPE == tl.float16)
-        if FP8 == tl.float8e5:  # the upper byte of an fp16
+        tl.static_assert(tl.float16 == DTYPE)
+        if tl.float8e5 == FP8:  # the upper byte of an fp16
             CODE: tl.constexpr = """
                 prmt.b32 $0, $2, 0, 0x2404;
                 prmt.b32 $1, $2, 0, 0x3414;
             """
         else:
-            tl.static_assert(FP8 == tl.float8e4nv)
+            tl.static_assert(tl.float8e4nv == FP8)
             CODE: tl.constexpr = """{
                 .reg .b32 sorted;
                 .reg .b16 even, odd;
@@ -370,7 +366,12 @@ def attend_tiles(
                 ).to(query.dtype)
             else:
                 value = load_box(
-                    boxes[1], boxes[2], numbers[0], start % BLOCK_SIZE, TILE, HEAD_PADDED
+                    boxes[1],
+                    boxes[2],
+                    numbers[0],
+                    start % BLOCK_SIZE,
+                    TILE,
+                    HEAD_PADDED,
                 )
             acc = tl.dot(
                 weights, value, acc * decay[:, None], input_precision=PRECISION

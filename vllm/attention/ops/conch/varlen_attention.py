@@ -348,7 +348,9 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         )
 
     boxes = None
-    if plan.prefill_boxes and strides_suit_tma(specs["key_cache"], specs["value_cache"]):
+    if plan.prefill_boxes and strides_suit_tma(
+        specs["key_cache"], specs["value_cache"]
+    ):
         boxes = plan_prefill(plan.prefill_boxes)
     hopper = (
         plan.hopper is not None
@@ -356,9 +358,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         and specs.keys().isdisjoint(PORTABLE[plan.hopper])
         and specs["output"].dtype in hopper_prefill.DTYPES
         and (lse is None or lse.strides[0] == shape.num_query_heads)
-        and strides_suit_tma(
-            specs["query"], specs["key_cache"], specs["value_cache"]
-        )
+        and strides_suit_tma(specs["query"], specs["key_cache"], specs["value_cache"])
     )
     return Launches(decode, plan_prefill(plan.prefill), boxes, hopper)
 
