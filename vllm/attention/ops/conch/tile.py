@@ -74,9 +74,7 @@ def fold(scales, factor, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def load_scales(
-    q_scale_ptr, k_scale_ptr, v_scale_ptr, scales, SOFTCAP: tl.constexpr
-):
+def load_scales(q_scale_ptr, k_scale_ptr, v_scale_ptr, scales, SOFTCAP: tl.constexpr):
     """The scales with q_scale and the cache's k_scale in them, and its v_scale."""
     v_scale = 1.0
     if q_scale_ptr is not None:
