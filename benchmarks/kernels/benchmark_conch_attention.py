@@ -108,13 +108,13 @@ def make_probes(inputs: Inputs, query: torch.Tensor) -> list[Probe]:
         for begin, end in probe_blocks(query_len):
             # The sequence as it was when its last token was query end - 1.
             length = seq_len - query_len + end
-            first = first_visible_key(end - begin, length, case.window)
+            rule = {"causal": True, "sliding_window": case.window}
+            first = first_visible_key(end - begin, length, **rule)
             visible = visible_keys(
                 end - begin,
                 length,
                 first,
-                causal=True,
-                sliding_window=case.window,
+                **rule,
                 device=query.device,
             )
             rows = slice(starts[i] + begin, starts[i] + end)

@@ -109,7 +109,8 @@ class Case:
     @property
     def num_keys(self) -> int:
         """Keys that some query sees, those of a shared prefix once."""
-        seen = (s - first_visible_key(q, s, self.window) for q, s in self.lengths)
+        rule = {"causal": True, "sliding_window": self.window}
+        seen = (s - first_visible_key(q, s, **rule) for q, s in self.lengths)
         return sum(seen) - self.prefix * (len(self.lengths) - 1)
 
     def kv_bytes(self, element_size: int) -> int:

@@ -5,7 +5,8 @@
 Scheduling work that a model does once a step, not once a layer, is done in make() and
 not timed: CONCH's schedule and FlashAttention-3's scheduler metadata. With an fp8
 cache FlashAttention-3 and vLLM's Triton attention get fp8 queries, as their backends
-give them; CONCH gets 16 bits.
+give them, and so does CONCH where its backend does: where Hopper's prefill kernel for
+them runs. "conch_q16" is CONCH with queries of 16 bits there. Quantising is not timed.
 """
 
 import math
@@ -20,6 +21,7 @@ from conch_attention_cases import Case
 
 from tests.kernels.attention.conch_reference import LAYOUTS, gather_pages
 from vllm.attention.ops.conch import VarlenSchedule, varlen_attention
+from vllm.attention.ops.conch.plan import Shape, hopper_kernel, this_device
 
 FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 # Powers of two: dividing by them is exact.
@@ -169,6 +171,14 @@ class Conch(Provider):
     compiles = True
     portable = False
 
+    def query(self, inputs: Inputs) -> torch.Tensor:
+        case, query = inputs.case, inputs.quantized_query
+        heads = (case.num_query_heads, case.num_kv_heads, case.head_size)
+        shape = Shape(*heads, case.page, query.dtype, inputs.key_cache.dtype)
+        device = this_device(query.device.index)
+        on_hopper = not self.portable and hopper_kernel(shape, device) == "fp8"
+        return query if on_hopper else inputs.query
+
     def make_schedule(self, inputs: Inputs) -> VarlenSchedule:
         case = inputs.case
         schedule = VarlenSchedule(
@@ -178,7 +188,7 @@ class Conch(Provider):
             num_kv_heads=case.num_kv_heads,
             head_size=case.head_size,
             block_size=case.page,
-            query_dtype=inputs.query.dtype,
+            query_dtype=self.query(inputs).dtype,
             kv_dtype=inputs.key_cache.dtype,
             device=inputs.query.device,
             sliding_window=case.window,
@@ -194,8 +204,9 @@ class Conch(Provider):
 
     def make(self, inputs: Inputs) -> Callable[[], object]:
         case, schedule = inputs.case, self.make_schedule(inputs)
+        query = self.query(inputs)
         return lambda: varlen_attention(
-            inputs.query,
+            query,
             inputs.key_cache,
             inputs.value_cache,
             inputs.output,
@@ -218,6 +229,20 @@ class ConchPortable(Conch):
     name = "conch_portable"
 
     portable = True
+
+
+class Conch16(Conch):
+    """CONCH with queries of 16 bits where the backend quantises them."""
+
+    name = "conch_q16"
+
+    def query(self, inputs: Inputs) -> torch.Tensor:
+        return inputs.query
+
+    def make(self, inputs: Inputs) -> Callable[[], object]:
+        if super().query(inputs) is inputs.query:
+            raise Unavailable("the query is not quantised")
+        return super().make(inputs)
 
 
 class FlashAttention3(Provider):
@@ -409,5 +434,8 @@ class Read(Provider):
 
 PROVIDERS = {
     provider.name: provider
-    for provider in (Conch, ConchPortable, FlashAttention3, VllmTriton, Cudnn, Read)
+    for provider in (
+        *(Conch, ConchPortable, Conch16),
+        *(FlashAttention3, VllmTriton, Cudnn, Read),
+    )
 }

@@ -393,9 +393,8 @@ def fp8_output_tolerance(
     """
     weights = torch.finfo(torch.float8_e4m3fn)
     rounding = weights.eps / 2 * 4 * reference.output_noise
-    rounding += (
-        weights.smallest_normal * weights.eps / 2 / 2**8 * reference.output_grain
-    )
+    half_step = weights.smallest_normal * weights.eps / 2
+    rounding += half_step / 2**8 * reference.output_grain
     output = reference.output.abs().clamp(min=torch.finfo(dtype).smallest_normal)
     rounding += torch.finfo(dtype).eps / 2 * output
     cut = block_n / FP8_SUM_TERMS * FP8_SUM_UNIT * reference.output_size

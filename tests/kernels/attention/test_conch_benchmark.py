@@ -255,6 +255,17 @@ def test_rates_and_ratios(timed):
     assert "vs_triton" not in conch
 
 
+def test_the_query_is_quantised_where_the_backend_does_it(monkeypatch):
+    chosen = [providers.Conch(), providers.Conch16()]
+    case = parse("20q1s30_q20@fp8", SMALL)
+    plain, skipped = benchmark.measure(case, chosen, None, OPTIONS)
+    assert "note" not in plain and "not quantised" in skipped["note"]
+    monkeypatch.setattr(providers, "hopper_kernel", lambda shape, device: "fp8")
+    quantised, wide = benchmark.measure(case, chosen, None, OPTIONS)
+    assert "note" not in quantised and "note" not in wide
+    assert wide["rms_error"] == plain["rms_error"] < quantised["rms_error"]
+
+
 def test_what_is_wrong_has_no_time(timed):
     chosen = [Wrong(), Broken(), providers.Conch()]
     wrong, broken, good = benchmark.measure(
