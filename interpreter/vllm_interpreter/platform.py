@@ -56,13 +56,72 @@ def convolve_next(
     return torch.nn.functional.silu(output) if activation else output
 
 
-# Those that workers, the sampler and hybrid models call.
+def run_experts(
+    output: torch.Tensor,
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    skip_weighted: bool,
+    act: str,
+    isa: str,
+) -> None:
+    """A layer of experts, one token and expert after the other.
+
+    Args:
+        output: [num_tokens, hidden], written in place.
+        x: [num_tokens, hidden].
+        w13: [num_experts, 2 * intermediate, hidden]; gpt-oss interleaves its halves.
+        w2: [num_experts, hidden, intermediate].
+        w13_bias: [num_experts, 2 * intermediate] or None.
+        w2_bias: [num_experts, hidden] or None.
+        topk_weights: [num_tokens, k].
+        topk_ids: [num_tokens, k] experts of each token.
+        skip_weighted: leave topk_weights out.
+        act: "silu" or "swigluoai".
+        isa: says how weights are packed; here they never are.
+
+    """
+    if act not in ("silu", "swigluoai"):
+        raise NotImplementedError(f"the interpreter has no experts with {act}")
+    output.zero_()
+    for token, (weights, experts) in enumerate(zip(topk_weights, topk_ids.tolist())):
+        for weight, expert in zip(weights, experts):
+            hidden = w13[expert] @ x[token]
+            if w13_bias is not None:
+                hidden += w13_bias[expert]
+            if act == "silu":
+                gate, up = hidden.chunk(2)
+                hidden = torch.nn.functional.silu(gate) * up
+            else:  # as gpt-oss defines it
+                gate, up = hidden[::2].clamp(max=7.0), hidden[1::2].clamp(-7.0, 7.0)
+                hidden = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+            hidden = w2[expert] @ hidden
+            if w2_bias is not None:
+                hidden += w2_bias[expert]
+            output[token] += hidden if skip_weighted else weight * hidden
+
+
+def keep_packed(weight: torch.Tensor, packed: torch.Tensor, isa: str) -> None:
+    """Experts' weights as they are."""
+    packed.copy_(weight)
+
+
+# Those that workers, the sampler, hybrid models and experts call.
 CALLED = {
     "init_cpu_memory_env(int[] nodes) -> ()": lambda nodes: None,
     "greedy_argmax(Tensor logits) -> Tensor": lambda logits: logits.argmax(dim=-1),
     "causal_conv1d_update_cpu_vec(Tensor x, Tensor(a!) conv_state, Tensor weight, "
     "Tensor? bias, str? activation, Tensor? conv_state_indices, "
     "Tensor? query_start_loc, int pad_slot_id) -> Tensor": convolve_next,
+    "prepack_moe_weight(Tensor weight, Tensor(a!) packed_weight, str isa) "
+    "-> ()": keep_packed,
+    "cpu_fused_moe(Tensor(a!) output, Tensor input, Tensor w13, Tensor w2, "
+    "Tensor? w13_bias, Tensor? w2_bias, Tensor topk_weights, Tensor topk_id, "
+    "bool skip_weighted, str act, str isa) -> ()": run_experts,
 }
 
 _library = torch.library.Library("_C", "FRAGMENT")  # unregisters when collected

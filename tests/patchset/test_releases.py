@@ -46,6 +46,30 @@ def test_the_tools_own_tests_stay_here(release):
     assert not [c for c in added_files(release) if "patchset" in c.path]
 
 
+PROPOSERS = {
+    "0.13.0": "vllm/v1/spec_decode/eagle.py",
+    "0.33.0": "vllm/v1/spec_decode/llm_base_proposer.py",
+}
+
+
+def test_draft_models_on_rocm_know_conchs_metadata(full_tree, release):
+    """It is on the list of types before the list is turned into a tuple."""
+    plan_apply(find_tree(full_tree), release).execute()
+    module = ast.parse((full_tree / PROPOSERS[str(release.version)]).read_text())
+    (branch,) = (
+        node
+        for node in ast.walk(module)
+        if isinstance(node, ast.If)
+        and ast.unparse(node.test) == "current_platform.is_rocm()"
+        and "rocm_types" in ast.unparse(node)
+    )
+    *_, imported, appended, made = map(ast.unparse, branch.body)
+    backend = "vllm.v1.attention.backends.conch_attn"
+    assert imported == f"from {backend} import ConchAttentionMetadata"
+    assert appended == "rocm_types.append(ConchAttentionMetadata)"
+    assert made == "self.allowed_attn_types = tuple(rocm_types)"
+
+
 def test_added_files_import_what_the_release_has(full_tree, release):
     """Every `from vllm... import name` of the overlay finds its name."""
     plan_apply(find_tree(full_tree), release).execute()
