@@ -94,16 +94,17 @@ def test_workers_with_masks(num_workers, options, abreast_tiles):
 
 
 def parts_of_rows(schedule: VarlenSchedule) -> dict[tuple, list[tuple]]:
-    """By row (sequence, tile of query rows, KV head): (keys' tiles, place) of its parts.
+    """Parts, (tiles of keys, place), by row: (sequence, tile of query rows, KV head).
 
-    Follows a worker over its piece as the decode kernel does; for causal batches
-    without a window.
+    Follows a worker over its piece as the decode kernel does, without a window.
     """
     shape, config = schedule.shape, schedule.plan.decode
     sequences = schedule.sequences.tolist()
     parts = defaultdict(list)
     for record in schedule.workers.tolist():
-        entry, kv_head, m_block, tile, remaining, _, abreast, piece, first = record[4:13]
+        entry, kv_head, m_block, tile, remaining, _, abreast, piece, first = record[
+            4:13
+        ]
         if remaining:
             assert record[:4] == sequences[entry]
         while remaining:
@@ -148,7 +149,7 @@ def test_every_tile_is_in_one_part(name, num_kv_heads, num_workers, abreast_tile
         # Those who combine a row find its parts at consecutive places.
         places = [place for _, place in parts[row]]
         assert places == list(range(places[0], places[0] + len(places)))
-        assert 0 <= places[0] and places[-1] < num_workers
+        assert places[0] >= 0 and places[-1] < num_workers
     # Nobody goes on with two rows, or leaves two, at one place.
     for end in (0, -1):
         cut = [p[end][1] for p in parts.values() if len(p) > 1]

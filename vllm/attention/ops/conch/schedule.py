@@ -102,9 +102,7 @@ def schedule_decode(
     first_head = worker % abreast
     piece = worker // abreast
     begin = piece * tiles_per_piece  # on the line of tiles
-    num_tiles = tl.minimum(
-        tl.maximum(total // abreast - begin, 0), tiles_per_piece
-    )
+    num_tiles = tl.minimum(tl.maximum(total // abreast - begin, 0), tiles_per_piece)
     record = workers_ptr + worker * WORKER_FIELDS
     valid = worker < NUM_WORKERS
     tl.store(record + 8, num_tiles, mask=valid)
