@@ -178,8 +178,8 @@ def plan_decode(shape: Shape, device: Device, max_query_len: int) -> Config:
         return Config(block_m, 16, 8, 1, fp32_precision(device))
     # 16 KiB of K and of V, in flight twice in each of two programs, cover HBM's
     # latency: on an H200, 32/8 heads of 128, tiles of 64 keys read 4.33 TB/s at
-    # 64 x 8k and are within 2% of the best from 1 x 1k to 256 x 1k. 8 x 8k take 4 to 10%
-    # longer with three programs, or with tiles of 32 or 128 keys.
+    # 64 x 8k and are within 2% of the best from 1 x 1k to 256 x 1k. A third program
+    # adds 4% to 8 x 8k and 18% to 1 x 8k.
     # An fp8 cache has half the bytes: 64 x 8k take 328 us with tiles of 128 keys, 381
     # with 64.
     tile = min(max(16384 // (wide * shape.kv_dtype.itemsize), 16), 128)
