@@ -94,10 +94,9 @@ def test_workers_with_masks(num_workers, options, abreast_tiles):
 
 
 def parts_of_rows(schedule: VarlenSchedule) -> dict[tuple, list[tuple]]:
-    """By row (sequence, tile of query rows, KV head): its parts' (tiles, place).
+    """Parts, (tiles of keys, place), by row: (sequence, tile of query rows, KV head).
 
-    Follows a worker over its piece as the decode kernel does; for causal batches
-    without a window.
+    Follows a worker over its piece as the decode kernel does, without a window.
     """
     shape, config = schedule.shape, schedule.plan.decode
     sequences = schedule.sequences.tolist()

@@ -230,7 +230,8 @@ def plan_decode(shape: Shape, device: Device, max_query_len: int) -> Config:
     block_m = min(rows, decode_rows_limit(shape, device))
     # 16 KiB of K and of V, in flight twice in each of two programs, cover HBM's
     # latency: on an H200, 32/8 heads of 128, tiles of 64 keys read 4.33 TB/s at
-    # 64 x 8k and are within 2% of the best from 1 x 1k to 256 x 1k.
+    # 64 x 8k and are within 2% of the best from 1 x 1k to 256 x 1k. A third program
+    # adds 4% to 8 x 8k and 18% to 1 x 8k.
     # An fp8 cache has half the bytes: 64 x 8k take 328 us with tiles of 128 keys, 381
     # with 64.
     tile = min(max(16384 // (wide * width), 16), 128)
@@ -264,10 +265,10 @@ def decode_rows_limit(shape: Shape, device: Device) -> int:
 def plan_abreast(shape: Shape, device: Device) -> int | None:
     """Tiles per decode worker from which workers side by side take a head each.
 
-    Together they then read all heads of the same tokens, which lie side by side too:
-    on an H200, 32/8 heads of 128 in bf16, 64 x 8k (248 tiles per worker) take 499 us
-    instead of 506 and 16 x 8k with 5 query tokens (62) 152 instead of 156, but 8 x 8k
-    (31) 82 instead of 80. With an fp8 cache 64 x 8k take 1% longer.
+    Together they then read all heads of the same tokens, which lie side by side too: on
+    an H200, 32/8 heads of 128 in bf16, 64 x 8k (248 tiles per worker) take 499 us, not
+    506, and 16 x 8k with 5 query tokens (62) 152, not 156, but 8 x 8k (31) 82, not 80.
+    With an fp8 cache 64 x 8k take 1% longer.
     """
     if shape.num_kv_heads == 1 or shape.kv_dtype.itemsize == 1:
         return None

@@ -18,6 +18,21 @@ from .fp8 import divide_to_fp8
 from .limits import is_in_limits
 from .softmax import LN_2, add_sink, log_sum_exp, normalize, softcap, softmax_step
 
+# Of two pairs of fp8, bytes 0 to 3, those at even places as two fp16, and the others.
+UNPACK_E4M3: tl.constexpr = tl.constexpr("""{
+    .reg .b32 sorted;
+    .reg .b16 even, odd;
+    prmt.b32 sorted, $2, 0, 0x3120;
+    mov.b32 {even, odd}, sorted;
+    cvt.rn.f16x2.e4m3x2 $0, even;
+    cvt.rn.f16x2.e4m3x2 $1, odd;
+}""")
+# e5m2 is the upper byte of an fp16.
+UNPACK_E5M2: tl.constexpr = tl.constexpr("""
+    prmt.b32 $0, $2, 0, 0x2404;
+    prmt.b32 $1, $2, 0, 0x3414;
+""")
+
 
 @triton.jit
 def query_rows(m_block, query_len, PACK: tl.constexpr, BLOCK_M: tl.constexpr):
@@ -237,31 +252,21 @@ def weigh_tile(
 def unpack_pairs(pairs, FP8: tl.constexpr, DTYPE: tl.constexpr, HOW: tl.constexpr):
     """The even and the odd elements of fp8 pairs that were loaded as int16.
 
-    HOW is "triton", or "ptx" for NVIDIA GPUs and fp16, with the same result: of two
-    pairs, bytes 0 to 3, the even ones become one register and the odd ones another.
+    HOW is "triton", or "ptx" for NVIDIA GPUs and fp16, with the same result.
     """
     if HOW == "triton":
         even = (pairs & 0xFF).to(tl.int8).to(FP8, bitcast=True).to(DTYPE)
         odd = (pairs >> 8).to(tl.int8).to(FP8, bitcast=True).to(DTYPE)
     else:
-        tl.static_assert(tl.float16 == DTYPE)
-        if tl.float8e5 == FP8:  # the upper byte of an fp16
-            CODE: tl.constexpr = """
-                prmt.b32 $0, $2, 0, 0x2404;
-                prmt.b32 $1, $2, 0, 0x3414;
-            """
-        else:
-            tl.static_assert(tl.float8e4nv == FP8)
-            CODE: tl.constexpr = """{
-                .reg .b32 sorted;
-                .reg .b16 even, odd;
-                prmt.b32 sorted, $2, 0, 0x3120;
-                mov.b32 {even, odd}, sorted;
-                cvt.rn.f16x2.e4m3x2 $0, even;
-                cvt.rn.f16x2.e4m3x2 $1, odd;
-            }"""
+        tl.static_assert(DTYPE.is_fp16())
+        tl.static_assert(FP8.is_fp8e5() or FP8.is_fp8e4nv())
         even, odd = tl.inline_asm_elementwise(
-            CODE, "=r,=r,r", [pairs], (tl.float16, tl.float16), is_pure=True, pack=2
+            UNPACK_E5M2 if FP8.is_fp8e5() else UNPACK_E4M3,
+            constraints="=r,=r,r",
+            args=[pairs],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
         )
     return even, odd
 
