@@ -346,9 +346,9 @@ def output_tolerance(
 
     For an implementation that keeps logits, softmax state and accumulator in fp32
     and rounds twice: the probabilities before they meet V, to `weights` (None: to
-    `dtype`), and the output to `dtype`. A rounding is off by at most u, with a standard deviation of u / sqrt 3,
-    so four times the noise is seven standard deviations. What fp32 adds is a few
-    units of 2^-24 of the magnitudes that went into it.
+    `dtype`), and the output to `dtype`. A rounding is off by at most u, with a standard
+    deviation of u / sqrt 3, so four times the noise is seven standard deviations. What
+    fp32 adds is a few units of 2^-24 of the magnitudes that went into it.
 
     Matrix units cut off the bits of a sum that fp32 cannot hold (Fasi et al. 2021,
     Numerical behavior of NVIDIA tensor cores), so the errors of `truncated_sums`
@@ -383,9 +383,9 @@ def fp8_output_tolerance(
     numbers end, u is 2^-4, half of 2^-3.  Below, a weight is off by half a step of
     2^-9 / 2^8 at most, whatever it is; these errors may all have one sign.
 
-    A step of 32 terms cuts off what is below 2^-13 of the largest term or of the sum so
-    far: head_size / 32 times for a logit, of the sum of its magnitudes; and block_n / 32
-    times for a tile of keys, after which sums are in fp32.
+    A step of 32 terms cuts off what is below 2^-13 of the largest term or of the sum
+    so far: head_size / 32 times for a logit, of the sum of its magnitudes; and
+    block_n / 32 times for a tile of keys, after which sums are in fp32.
     """
     weights = torch.finfo(torch.float8_e4m3fn)
     rounding = weights.eps / 2 * 4 * reference.output_noise

@@ -45,10 +45,10 @@ class Fp8Config:
         return CONSUMER_ROWS * self.consumers
 
 
-# By head size, padded. Measured on an H200, causal, 8k tokens, pages of 128: 576, 755 and
-# 1055 TFLOP/s; 930 at 128 over 32k. The same with 16 bits: 470, 659, 745 and 647. Two
-# consumers: 501 at 64, 728 at 128, 803 over 32k; there Q.K of a tile beside P.V of the
-# tile before: 492, 740 and 803. At 256 three have no registers.
+# By head size, padded. Measured on an H200, causal, 8k tokens, pages of 128: 576, 755
+# and 1055 TFLOP/s; 930 at 128 over 32k. The same with 16 bits: 470, 659, 745 and 647.
+# Two consumers: 501 at 64, 728 at 128, 803 over 32k; there Q.K of a tile beside P.V of
+# the tile before: 492, 740 and 803. At 256 three have no registers.
 CONFIGS = {
     64: Fp8Config(consumers=3, block_n=128, stages=4),
     128: Fp8Config(consumers=3, block_n=128, stages=4),

@@ -374,8 +374,8 @@ class ConchAttentionImpl(ConchImplBase):
     def prefers_fp8_queries(self) -> bool:
         """Whether vLLM's layer should quantise queries, with its q_scale.
 
-        Where the prefill kernel for Q, K and V in fp8 runs. Elsewhere a query of 16 bits
-        is no slower, and more accurate.
+        Where the prefill kernel for Q, K and V in fp8 runs. Elsewhere a query of 16
+        bits is no slower, and more accurate.
         """
         if not current_platform.is_cuda() or self.dtype not in HOPPER_DTYPES:
             return False
