@@ -387,8 +387,8 @@ def fp8_output_tolerance(
     numbers end, u is 2^-4, half of 2^-3.  Below, a weight is off by half a step of
     2^-9 / 2^8 at most, whatever it is; these errors may all have one sign.
 
-    A step of 32 terms cuts off what is below 2^-13 of the largest term or of the sum so
-    far: head_size / 32 times for a logit, of the sum of its magnitudes; and
+    A step of 32 terms cuts off what is below 2^-13 of the largest term or of the sum
+    so far: head_size / 32 times for a logit, of the sum of its magnitudes; and
     block_n / 32 times for a tile of keys, after which sums are in fp32.
     """
     weights = torch.finfo(torch.float8_e4m3fn)

@@ -3,6 +3,7 @@
 """Attention of ragged batches over a paged KV cache."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -555,7 +556,8 @@ def varlen_attention(
     if num_items == 0:
         return
     if launches.hopper and is_aligned(query, key_cache, value_cache):
-        prefill, extras = hopper_prefill.hopper_prefill, dict(sinks=sinks)
+        prefill: Callable[..., None] = hopper_prefill.hopper_prefill
+        extras: dict[str, torch.Tensor | None] = dict(sinks=sinks)
         if plan.hopper == "fp8":
             prefill = hopper_fp8_prefill.hopper_fp8_prefill
             extras = dict(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
