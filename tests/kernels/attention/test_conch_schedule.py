@@ -87,8 +87,9 @@ def test_any_number_of_workers(lengths, num_workers, abreast_tiles):
     ],
 )
 @pytest.mark.parametrize("num_workers", [3, 16])
-def test_workers_with_masks(num_workers, options, abreast_tiles):
-    batch = make_batch(BATCHES["ragged"], **options)
+@pytest.mark.parametrize("name", ["ragged", "verify"])
+def test_workers_with_masks(name, num_workers, options, abreast_tiles):
+    batch = make_batch(BATCHES[name], **options)
     schedule = make_schedule(batch, num_workers=num_workers)
     check(batch, update(planned(schedule, abreast_tiles=abreast_tiles), batch))
 
