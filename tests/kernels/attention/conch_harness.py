@@ -298,9 +298,7 @@ def with_tiles(
 
     def plan_for(max_query_len: int):
         plan = chosen(max_query_len)
-        prefill = dataclasses.replace(
-            plan.prefill, tile=tile, masked_tile=masked_tile
-        )
+        prefill = dataclasses.replace(plan.prefill, tile=tile, masked_tile=masked_tile)
         return dataclasses.replace(
             plan,
             decode=dataclasses.replace(plan.decode, tile=tile),

@@ -9,12 +9,12 @@ import torch
 
 from tests.kernels.attention.conch_harness import (  # noqa: F401
     INTERPRETED,
+    check,
     make_batch,
     make_schedule,
     poisoned_scratch,
     update,
     with_tiles,
-    check,
 )
 from tests.kernels.attention.conch_reference import LAYOUTS
 

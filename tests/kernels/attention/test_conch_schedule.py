@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """VarlenSchedule: how work is cut must not show in the result, from step to step."""
 
-import dataclasses
 from random import Random
 
 import pytest

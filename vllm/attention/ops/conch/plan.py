@@ -331,9 +331,7 @@ HOPPER_BOXES = {
 }
 
 
-def plan_prefill_boxes(
-    shape: Shape, device: Device, pointers: Config
-) -> Config | None:
+def plan_prefill_boxes(shape: Shape, device: Device, pointers: Config) -> Config | None:
     """As `pointers`, with K and V read in boxes, each within a page; None: without.
 
     A box is one instruction (TMA) and spares the threads all addresses. Elsewhere
@@ -344,7 +342,9 @@ def plan_prefill_boxes(
         return None
     if shape.query_dtype.itemsize != 2 or shape.kv_dtype != shape.query_dtype:
         return None
-    config = HOPPER_BOXES.get(shape.head_padded) if device.arch == 90 else pointers
+    config = HOPPER_BOXES.get(shape.head_padded)
+    if config and device.arch != 90:
+        config = pointers
     return config if config and shape.block_size % config.tile == 0 else None
 
 

@@ -262,7 +262,7 @@ class Launches(NamedTuple):
 
     decode: Launch
     prefill: Launch
-    boxes: Launch | None  # prefill with K and V read in boxes, where addresses suit
+    boxes: Launch | None  # prefill with K and V in boxes, where addresses suit
     hopper: bool  # strides and options suit the Hopper prefill kernel
 
 
@@ -334,15 +334,15 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         )
 
     boxes = None
-    if plan.prefill_boxes and strides_suit_tma(specs["key_cache"], specs["value_cache"]):
+    if plan.prefill_boxes and strides_suit_tma(
+        specs["key_cache"], specs["value_cache"]
+    ):
         boxes = plan_prefill(plan.prefill_boxes)
     hopper = (
         plan.hopper
         and sight.chunk_lookback < 0
         and specs.keys().isdisjoint(PORTABLE)
-        and strides_suit_tma(
-            specs["query"], specs["key_cache"], specs["value_cache"]
-        )
+        and strides_suit_tma(specs["query"], specs["key_cache"], specs["value_cache"])
     )
     return Launches(decode, plan_prefill(plan.prefill), boxes, hopper)
 
@@ -549,9 +549,10 @@ def varlen_attention(
         )
     else:
         launch, boxes = launches.prefill, (None, None)
-        if launches.boxes is not None and is_aligned(key_cache, value_cache):
+        config = plan.prefill_boxes
+        if config and launches.boxes and is_aligned(key_cache, value_cache):
             launch = launches.boxes
-            box = plan.prefill_boxes.tile, shape.head_padded
+            box = config.tile, shape.head_padded
             boxes = describe_pages(key_cache, *box), describe_pages(value_cache, *box)
         launch(
             output,
