@@ -76,9 +76,9 @@ SPILLS = {
     # 16 rows of a query of 256 take half of the registers of waves of 32.
     "gfx1100": {
         "256_fp8 decode_kernel": 160,
-        "256_fp8 prefill_kernel": 160,
-        "512 decode_kernel": 700,
-        "512 prefill_kernel": 700,
+        "256_fp8 prefill_kernel": 32,
+        "512 decode_kernel": 900,
+        "512 prefill_kernel": 900,
     },
 }
 

@@ -20,11 +20,11 @@ from tests.kernels.attention.conch_compile import (
 BF16 = torch.bfloat16
 WIDE_LOADS = {
     "cuda": {"LDG.E.128", "LDG.E.EF.128"},
-    "hip": {"global_load_dwordx4", "buffer_load_dwordx4"},
+    "hip": {"global_load_dwordx4", "buffer_load_dwordx4", "buffer_load_b128"},
 }
 WIDE_STORES = {
     "cuda": {"STG.E.128"},
-    "hip": {"global_store_dwordx4", "buffer_store_dwordx4"},
+    "hip": {"global_store_dwordx4", "buffer_store_dwordx4", "buffer_store_b128"},
 }
 
 
@@ -136,7 +136,8 @@ def test_resources(name: str, compiled: dict[str, dict[str, Resources]]) -> None
     backend = TARGETS[name].backend
     for kernel, found in compiled[name].items():
         assert found.spilled_bytes == 0, (kernel, found)
-        assert found.registers <= 64, (kernel, found)
+        # Of gfx1100's 1536 for a lane, 16 waves have 96 each: as many as there can be.
+        assert found.registers <= (96 if name == "gfx1100" else 64), (kernel, found)
         assert WIDE_LOADS[backend] & found.loads.keys(), (kernel, found)
         if backend == "cuda" and kernel != "copy_fp8":
             # Three quarters of the threads of a multiprocessor at once.

@@ -226,7 +226,7 @@ def plan_decode(shape: Shape, device: Device, max_query_len: int) -> Config:
         return Config(block_m, tile, 4, 1)
     # Not measured but compiled: what more rows leave of the registers.
     if block_m > 16:
-        tile = min(tile, 64)
+        tile = min(tile, 64 if block_m == 32 or width == 2 else 32)
     if block_m * wide > 8192:
         tile = 16
     num_warps = 4 if block_m <= 32 and block_m * wide <= 4096 else 8
@@ -264,7 +264,7 @@ def plan_prefill(shape: Shape, device: Device) -> Config:
     if device.arch == 90:
         return plan_prefill_hopper(shape)
     if device.arch // 10 == 10:
-        return plan_prefill_blackwell(shape)
+        return all_registers(plan_prefill_blackwell(shape), device)
     return plan_prefill_mma(shape)
 
 
@@ -285,13 +285,12 @@ def plan_prefill_blackwell(shape: Shape) -> Config:
 
 
 def plan_prefill_rdna(shape: Shape) -> Config:
-    """The largest tiles without spills; heads over 256 spill in any."""
+    """The largest tiles without spills; in heads over 256, or 128 in fp8, all spill."""
     wide = shape.head_padded
+    converts = shape.kv_dtype != shape.query_dtype  # by arithmetic
     if wide <= 128:
-        if shape.kv_dtype != shape.query_dtype:  # converted by arithmetic
-            return Config(64, 16, 8, 1)
-        return Config(128, 32, 8, 1)
-    return Config(64 if wide <= 256 else 16, 16, 16, 1)
+        return Config(64, 16, 8, 1) if converts else Config(128, 32, 8, 1)
+    return Config(16 if converts or wide > 256 else 64, 16, 16, 1)
 
 
 def avoids_wgmma(shape: Shape, device: Device) -> bool:
