@@ -230,6 +230,7 @@ def sequence_rule(
     mm_prefix_range: torch.Tensor | None = None,
     mm_prefix_in_window: bool = False,
     prefix_lens: torch.Tensor | None = None,
+    chunk_lookback: int = -1,
     **rule,
 ) -> dict:
     """What `visible_keys` asks of one sequence, from the arguments for a batch."""
@@ -240,6 +241,8 @@ def sequence_rule(
         rule["ranges_in_window"] = mm_prefix_in_window
     if prefix_lens is not None:
         rule["prefix_len"] = int(prefix_lens[index])
+    if chunk_lookback >= 0:
+        rule["chunk_lookback"] = chunk_lookback
     return rule | {"causal": causal}
 
 
@@ -250,7 +253,7 @@ def first_visible_key(query_len: int, seq_len: int, **rule) -> int:
     if rule.keys() <= {"causal", "sliding_window"}:
         return min(max(seq_len - query_len - rule["sliding_window"] + 1, 0), seq_len)
     visible = visible_keys(query_len, seq_len, 0, **rule).any(0)
-    return int(visible.int().argmax()) if visible.any() else 0
+    return int(visible.int().argmax()) if visible.any() else seq_len
 
 
 def alibi_distance(

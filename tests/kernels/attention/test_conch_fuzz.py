@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.attention.conch_harness import (  # noqa: F401
+    DEVICE,
     HALF_DTYPES,
     KV_FP8_DTYPES,
     ON_GPU,
@@ -111,5 +112,64 @@ def test_random_batches(
         decode_query_len=decode_query_len,
         num_workers=num_workers,
         portable=portable,
+    )
+    check(batch, update(schedule, batch))
+
+
+@st.composite
+def features(draw, num_seqs: int) -> dict:
+    """What `make_batch` takes of the features of a few models, causality included."""
+
+    def tensor(values, dtype=torch.int32) -> torch.Tensor:
+        return torch.tensor(values, device=DEVICE).to(dtype)
+
+    def per_sequence(element):
+        return draw(st.lists(element, min_size=num_seqs, max_size=num_seqs))
+
+    chosen = {"sliding_window": draw(st.sampled_from([None, 1, 30, 64]))}
+    if draw(st.booleans()):
+        chosen["sinks"] = tensor([-1.0, 0.5, 2.0, 3.0], torch.float32)
+    if draw(st.booleans()):
+        chosen["alibi_slopes"] = tensor([1.0, 0.2, 0.05, 0.01], torch.float32)
+        chosen["alibi_sqrt"] = draw(st.booleans())
+    if draw(st.booleans()):
+        position = st.integers(0, 130)
+        ranges = st.lists(st.tuples(position, position), min_size=2, max_size=2)
+        chosen["mm_prefix_range"] = tensor(per_sequence(ranges))
+        chosen["mm_prefix_in_window"] = draw(st.booleans())
+    rule = draw(st.sampled_from(["causal", "both ways", "flags", "prefix", "chunks"]))
+    if rule == "both ways":
+        chosen["causal"] = False
+    elif rule == "flags":
+        chosen["causal"] = tensor(per_sequence(st.booleans()), torch.bool)
+    elif rule == "prefix" and chosen["sliding_window"]:
+        chosen["prefix_lens"] = tensor(per_sequence(st.integers(0, 90)))
+    elif rule == "chunks" and chosen["sliding_window"]:
+        lookback = draw(st.integers(0, 2))
+        chosen["chunk_lookback"] = min(lookback, chosen["sliding_window"] - 1)
+    return chosen
+
+
+@committed
+@given(
+    st.lists(sequence(), min_size=1, max_size=6).flatmap(
+        lambda lengths: st.tuples(st.just(lengths), features(len(lengths)))
+    ),
+    st.sampled_from([(torch.float32, None), (HALF, None), (HALF, KV_FP8_DTYPES[0])]),
+    st.sampled_from([0.0, 20.0]),
+    st.sampled_from([1, 5]),
+    st.sampled_from([1, 5, 33]),
+    st.integers(0, 2**16),
+)
+def test_random_features(
+    lengths_and_features, dtypes, softcap, decode_query_len, num_workers, seed
+):
+    lengths, options = lengths_and_features
+    batch = make_batch(
+        lengths, dtype=dtypes[0], kv_dtype=dtypes[1], softcap=softcap, seed=seed,
+        **options,
+    )  # fmt: skip
+    schedule = make_schedule(
+        batch, decode_query_len=decode_query_len, num_workers=num_workers
     )
     check(batch, update(schedule, batch))
