@@ -379,7 +379,9 @@ def plan_prefill_boxes(shape: Shape, device: Device, pointers: Config) -> Config
         return None
     if shape.query_dtype.itemsize != 2 or shape.kv_dtype != shape.query_dtype:
         return None
-    config = HOPPER_BOXES.get(shape.head_padded) if device.arch == 90 else pointers
+    config = HOPPER_BOXES.get(shape.head_padded)
+    if config and device.arch != 90:
+        config = pointers
     return config if config and shape.block_size % config.tile == 0 else None
 
 

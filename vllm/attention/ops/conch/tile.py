@@ -167,12 +167,12 @@ def page_and_slot(
 def page_numbers(block_row, tile, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
     """The pages of a tile, all of whose keys exist, one scalar each; 0 from end on.
 
-    Scalars are carried from turn to turn in uniform registers, so that a turn's loads
-    of K and V need not wait for the block table.
+    Scalars can be carried from turn to turn at little cost, so that a turn's loads of K
+    and V need not wait for the block table.
     """
     entry = block_row + tile * TILE // BLOCK_SIZE
     exists = tile < end
-    numbers = (tl.load(entry, mask=exists, other=0),)
+    numbers: tl.tuple = (tl.load(entry, mask=exists, other=0),)
     for i in tl.static_range(1, TILE // BLOCK_SIZE):
         numbers = numbers + (tl.load(entry + i, mask=exists, other=0),)
     return numbers
@@ -315,6 +315,8 @@ def attend_tiles(
         even, odd = acc
         pair_dims = tl.arange(0, HEAD_PADDED // 2)
         pair_ptr = value_ptr.to(tl.pointer_type(tl.int16))
+    if boxes is not None:
+        key_box, value_box, kv_head = boxes
     if AHEAD:
         coming = page_numbers(block_row, tiles[0], tiles[1], BLOCK_SIZE, TILE)
     for tile in tl.range(tiles[0], tiles[1]):
@@ -338,7 +340,7 @@ def attend_tiles(
             )
         else:
             key = load_box(
-                boxes[0], boxes[2], numbers[0], start % BLOCK_SIZE, TILE, HEAD_PADDED
+                key_box, kv_head, numbers[0], start % BLOCK_SIZE, TILE, HEAD_PADDED
             ).T
         weights, decay, row_max, row_sum = weigh_tile(
             start, row_max, row_sum, query, key, position, keys_range, scales, sight,
@@ -371,13 +373,9 @@ def attend_tiles(
                 ).to(query.dtype)
             else:
                 value = load_box(
-                    boxes[1],
-                    boxes[2],
-                    numbers[0],
-                    start % BLOCK_SIZE,
-                    TILE,
-                    HEAD_PADDED,
-                )
+                    value_box, kv_head, numbers[0], start % BLOCK_SIZE,
+                    TILE, HEAD_PADDED,
+                )  # fmt: skip
             acc = tl.dot(
                 weights, value, acc * decay[:, None], input_precision=PRECISION
             )

@@ -274,7 +274,7 @@ class Launches(NamedTuple):
 
     decode: Launch
     prefill: Launch
-    boxes: Launch | None  # prefill with K and V read in boxes, where addresses suit
+    boxes: Launch | None  # prefill with K and V in boxes, where addresses suit
     hopper: bool  # strides and options suit the Hopper prefill kernel of the plan
 
 
@@ -578,9 +578,10 @@ def varlen_attention(
         )
     else:
         launch, boxes = launches.prefill, (None, None)
-        if launches.boxes is not None and is_aligned(key_cache, value_cache):
+        config = plan.prefill_boxes
+        if config and launches.boxes and is_aligned(key_cache, value_cache):
             launch = launches.boxes
-            box = plan.prefill_boxes.tile, shape.head_padded
+            box = config.tile, shape.head_padded
             boxes = describe_pages(key_cache, *box), describe_pages(value_cache, *box)
         launch(
             output,
