@@ -195,6 +195,9 @@ def tests(session: nox.Session, subject: str) -> None:
         pytest += ["-n", str(min(os.cpu_count() or 1, 8))]
         environment = INTERPRETER
     session.run(*pytest, str(HERE / "demo"), "tests", env=environment)
+    # docs/features.md says what the class of this release answers.
+    table = str(HERE / "tools" / "feature_table.py")
+    session.run("python", table, "--check", env=environment)
 
 
 @nox.session
