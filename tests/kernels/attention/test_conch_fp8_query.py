@@ -119,7 +119,9 @@ def test_every_value_of_a_query_counts(query_len):
     batch.key_cache[pages, ..., 0] = torch.ones_like(batch.key_cache[pages, ..., 0])
     _, lse = attend(batch)
     expected = batch.query[:, :, 0].double() * 0.5 * batch.scale
-    assert_close("LSE", lse, expected, 2.0**-22 * expected.abs())
+    # Hopper's kernel has 2^8 in its sums, and takes 8 off their logarithm.
+    size = expected.abs() + (8.0 if ON_GPU and query_len > 1 else 0.0)
+    assert_close("LSE", lse, expected, 2.0**-22 * size)
 
 
 @pytest.mark.parametrize("item_tiles", [2, 3, 6])

@@ -273,27 +273,10 @@ def decode_kernel(
         head_values = value_ptr + kv_head.to(tl.int64) * value_strides[2]
         block_row = block_table_ptr + sequence.to(tl.int64) * block_table_stride
         begin = first_tile + tile
-        end = begin + num_tiles
-        if PAIRED_VALUES is not None and not (WINDOWED or LIMITED):
-            # Tiles that every row sees whole: without masks 64 x 8k take 280 us on an
-            # H200, with them 300. In 16 bits, where arithmetic hides behind the loads,
-            # a loop of their own gains nothing.
-            seen = seq_len
-            if CAUSAL:
-                seen -= query_len - 1
-            middle = tl.minimum(tl.maximum(seen // TILE, begin), end)
-            state = attend_tiles(
-                state, query, position, head_keys, head_values,
-                key_strides, value_strides, block_row,
-                (begin, middle), (first_key, seq_len), scales, sight, None,
-                CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, False,
-                TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
-            )  # fmt: skip
-            begin = middle
         acc, row_max, row_sum = attend_tiles(
             state, query, position, head_keys, head_values,
             key_strides, value_strides, block_row,
-            (begin, end), (first_key, seq_len), scales, sight, None,
+            (begin, begin + num_tiles), (first_key, seq_len), scales, sight, None,
             CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
             TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
         )  # fmt: skip
