@@ -440,7 +440,6 @@ class ConchAttentionImpl(ConchImplBase):
         self.is_encoder = attn_type in ENCODER_TYPES
         self.fp8_dtype = None if self.is_encoder else fp8_cache_dtype(kv_cache_dtype)
         self.dtype = torch.get_default_dtype()  # the model's, while it is built
-        self.supports_quant_query_input = self.prefers_fp8_queries()
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.schedule_key = ScheduleKey(num_heads, sliding_window, False)
         self.sinks = sinks
@@ -453,6 +452,7 @@ class ConchAttentionImpl(ConchImplBase):
                 dtype=torch.float32,
                 device=self.vllm_config.device_config.device,
             )
+        self.supports_quant_query_input = self.prefers_fp8_queries()
         # K and V views of the bound cache, which would cost every call anew. The
         # engine gives up the cache that it profiles with, and so do these.
         self.kv_cache: Callable[[], torch.Tensor | None] = lambda: None
@@ -490,10 +490,12 @@ class ConchAttentionImpl(ConchImplBase):
     def prefers_fp8_queries(self) -> bool:
         """Whether vLLM's layer should quantise queries, with its q_scale.
 
-        Where the prefill kernel for Q, K and V in fp8 runs. Elsewhere a query of 16
-        bits is no slower, and more accurate.
+        Where the prefill kernel for Q, K and V in fp8 runs, which takes neither sinks
+        nor ALiBi. Elsewhere a query of 16 bits is no slower, and more accurate.
         """
         if not current_platform.is_cuda() or self.dtype not in HOPPER_DTYPES:
+            return False
+        if self.sinks is not None or self.alibi_slopes is not None:
             return False
         fp8 = self.fp8_dtype
         shape = Shape(
