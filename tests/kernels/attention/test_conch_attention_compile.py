@@ -69,9 +69,12 @@ CASES = {
 SPILLS = {
     # Tiles whose rates are known; others have to be measured first.
     "sm90": {
-        "128_page prefill_kernel": 72,
-        "256 prefill_kernel": 24,
-        "512 prefill_kernel": 208,
+        "80 prefill_kernel": 8,
+        "128 prefill_kernel": 8,
+        "128_masks prefill_kernel": 8,
+        "128_page prefill_kernel": 120,
+        "256 prefill_kernel": 96,
+        "512 prefill_kernel": 192,
     },
     # 16 rows of a query of 256 take half of the registers of waves of 32.
     "gfx1100": {

@@ -327,7 +327,9 @@ def plan_prefill_rdna(shape: Shape) -> Config:
     wide = shape.head_padded
     converts = shape.kv_dtype != shape.query_dtype  # by arithmetic
     if wide <= 128:
-        return Config(64, 16, 8, 1) if converts else Config(128, 32, 8, 1)
+        if converts:
+            return Config(64, 16, 8, 1)
+        return Config(128, 32 if wide <= 64 else 16, 8, 1)
     return Config(16 if converts or wide > 256 else 64, 16, 16, 1)
 
 
