@@ -132,7 +132,7 @@ def write_combined(
     """Combines the partials of one decode row and writes its tile of query rows."""
     # 128 registers a thread, or 64 where tiles are too large to spare them. On an H200
     # 1 x 8k, 32 parts a row, take 1.3 us longer in rounds of 16 than in one of 32.
-    LOADED: tl.constexpr = 4096 if BLOCK_M == 16 and HEAD_PADDED <= 128 else 2048
+    LOADED: tl.constexpr = 4096 if BLOCK_M == 16 and HEAD_PADDED == 128 else 2048
     PARTS: tl.constexpr = LOADED // HEAD_PADDED
     num_rows = tl.minimum(query_len * GROUP - m_block * BLOCK_M, BLOCK_M)
     for first_row in range(0, num_rows, COMBINE_ROWS):
