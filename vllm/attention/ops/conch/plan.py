@@ -328,9 +328,9 @@ def plan_prefill_rdna(shape: Shape) -> Config:
     wide = shape.head_padded
     converts = shape.kv_dtype != shape.query_dtype  # by arithmetic
     if wide <= 128:
-        if converts:
-            return Config(64, 16, 8, 1)
-        return Config(128, 32 if wide <= 64 else 16, 8, 1)
+        rows = 128 if wide <= 64 else 64
+        tile = 32 if wide <= 64 and not converts else 16
+        return Config(rows // 2 if converts else rows, tile, 8, 1)
     return Config(16 if converts or wide > 256 else 64, 16, 16, 1)
 
 
