@@ -247,9 +247,9 @@ def plan_decode(shape: Shape, device: Device, max_query_len: int) -> Config:
     num_warps = 4 if block_m <= 32 and block_m * wide <= 4096 else 8
     stages = 5 if 2 * tile_bytes(shape, tile) <= device.shared_memory // 3 else 3
     config = Config(block_m, tile, num_warps, stages)
-    if device.arch == 90 and (block_m == 16 or width == 2):
-        if wide == 128 or (wide <= 64 and block_m != 32):
-            return config
+    let_alone = wide == 128 or (wide <= 64 and block_m != 32)
+    if device.arch == 90 and (block_m == 16 or width == 2) and let_alone:
+        return config
     return all_registers(config, device)
 
 
