@@ -129,12 +129,11 @@ def test_refused_with_every_reason(
     config = configure(*WAYS["environment"])
     simulate(platform)
     with set_current_vllm_config(config), pytest.raises(ValueError) as error:
-        get_attn_backend(8, torch.float64, has_sink=True, use_mm_prefix=True)
+        get_attn_backend(8, torch.float64, use_sparse=True)
     for reason in (
         "head_size 8 not supported: it must be from 16 to 512",
         "dtype torch.float64 not supported",
-        "sink",
-        "partial multimodal token full attention not supported",
+        "sparse not supported",
     ):
         assert reason in str(error.value)
 

@@ -236,10 +236,14 @@ def plan_decode(shape: Shape, device: Device, max_query_len: int) -> Config:
     # with 64.
     tile = min(max(16384 // (wide * width), 16), 128)
     if is_rdna(device):
-        return Config(block_m, 64 if wide <= 64 else 32, 8 if wide <= 128 else 16, 1)
+        tile = 64 if wide <= 64 else 32 if width > 1 else 16
+        return Config(block_m, tile, 8 if wide <= 128 else 16, 1)
     if device.backend == "hip":
         return Config(block_m, tile, 4, 1)
-    # Not measured but compiled: what more rows leave of the registers.
+    # Not measured but compiled: what sm_89 and sm_120 and what more rows leave of the
+    # registers.
+    if wide <= 64 and device.shared_memory < 128 * 1024:
+        tile = min(tile, 64)
     if block_m > 16:
         tile = min(tile, 64 if block_m == 32 or width == 2 else 32)
     if block_m * wide > 8192:
