@@ -34,7 +34,7 @@ LAYER = {
 LAYERS = {
     "usual": {},
     "odd page": {"block_size": 528},
-    "two reasons against it": {"head_size": 8, "has_sink": True},
+    "two reasons against it": {"head_size": 8, "kv_cache_dtype": "fp8_inc"},
 }
 
 

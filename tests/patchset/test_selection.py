@@ -160,4 +160,4 @@ def test_a_platform_gives_conch_or_every_reason_against_it(probe, release, platf
     message = found["two reasons against it"]
     assert message.startswith("ValueError: Selected backend AttentionBackendEnum.CONCH")
     assert "head_size" in message
-    assert "sink" in message
+    assert "kv_cache_dtype fp8_inc" in message

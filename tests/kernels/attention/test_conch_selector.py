@@ -129,11 +129,11 @@ def test_refused_with_every_reason(
     config = configure(*WAYS["environment"])
     simulate(platform)
     with set_current_vllm_config(config), pytest.raises(ValueError) as error:
-        get_attn_backend(8, torch.float64, use_sparse=True)
+        get_attn_backend(8, torch.float64, kv_cache_dtype="fp8_inc")
     for reason in (
         "head_size 8 not supported: it must be from 16 to 512",
         "dtype torch.float64 not supported",
-        "sparse not supported",
+        "kv_cache_dtype fp8_inc not supported",
     ):
         assert reason in str(error.value)
 
