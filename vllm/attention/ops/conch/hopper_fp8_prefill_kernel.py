@@ -32,13 +32,6 @@ A tile of V past the sequence's end is cleared while it is turned around: e4m3 h
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
 from triton.language.core import _aggregate as aggregate
 
 from .hopper_prefill_kernel import (
@@ -53,10 +46,15 @@ from .hopper_tiles import (
     MASK_LOWER,
     MASK_UPPER,
     Batch,
+    fence_async_shared,
     load_item,
     make_barriers,
+    mbarrier,
     tile_range,
+    tma,
     unmasked_range,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
 
 LN2 = gl.constexpr(0.6931471805599453)

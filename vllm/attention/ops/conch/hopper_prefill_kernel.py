@@ -18,13 +18,6 @@ FlashAttention-3, https://arxiv.org/abs/2407.08608; the code is not.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
 
 from .hopper_tiles import (
     CONSUMER_ROWS,
@@ -33,11 +26,16 @@ from .hopper_tiles import (
     PANEL,
     Batch,
     Config,
+    fence_async_shared,
     load_item,
     make_rings,
+    mbarrier,
     tile_range,
+    tma,
     unmasked_range,
     visible_keys,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
 
 LN2 = gl.constexpr(0.6931471805599453)

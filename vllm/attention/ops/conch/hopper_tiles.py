@@ -5,8 +5,14 @@ batch, and which query rows and key tiles a work item is made of."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.core import _aggregate as aggregate
+
+# Hopper's instructions, as attributes: a release may wrap Gluon's import, not these.
+fence_async_shared = gl.nvidia.hopper.fence_async_shared
+mbarrier = gl.nvidia.hopper.mbarrier
+tma = gl.nvidia.hopper.tma
+warpgroup_mma = gl.nvidia.hopper.warpgroup_mma
+warpgroup_mma_wait = gl.nvidia.hopper.warpgroup_mma_wait
 
 # Rows of one consumer: the M of a warpgroup's matrix instruction.
 CONSUMER_ROWS = gl.constexpr(64)
