@@ -105,6 +105,14 @@ def test_inserts_at_every_match_it_expects():
     assert result == "x = 1\nz = 0\ny = 2\nx = 3\nz = 0\n"
 
 
+def test_takes_the_place_of_the_anchor():
+    result = apply_edits(
+        "x = 1\nif x:\n    x = 2\n",
+        [edit(anchor="if x: ...", insert="x = 3", where="instead")],
+    )
+    assert result == "x = 1\nx = 3\n"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -406,10 +406,8 @@ class VarlenSchedule:
         self.portable = portable
         self.max_num_seqs = max_num_seqs
         self.max_num_tokens = max_num_tokens
-        index = self.device.index
-        if self.device.type != "cpu" and index is None:
-            index = 0
-        self.target = this_device(index)
+        is_cpu = self.device.type == "cpu"  # that of "cpu:0" has an index too
+        self.target = this_device(None if is_cpu else self.device.index or 0)
         plan = self.plan_for(MAX_DECODE_QUERY_LEN)
         self.num_workers = num_workers or plan.num_workers
 
