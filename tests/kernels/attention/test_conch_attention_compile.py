@@ -111,9 +111,10 @@ def record(case: Case, device) -> list[tuple]:
     )
     launches: list[tuple] = []
 
-    def call(self, *tensors, descriptors=(), grid=None):
-        args = (*tensors, *descriptors, *self.arguments)
-        launches.append((self.kernel, args, self.constants))
+    def call(self, *tensors, varying=(), grid=None):
+        described = self.launch
+        args = (*varying, *tensors, *self.tensors, *described.arguments)
+        launches.append((described.kernel, args, described.constants))
 
     def integers(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device="meta")
@@ -127,7 +128,7 @@ def record(case: Case, device) -> list[tuple]:
     if case.kv_dtype != case.dtype:
         scale = torch.empty(1, device="meta")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch.Launch, "__call__", call)
+        patch.setattr(launch.BoundLaunch, "__call__", call)
         patch.setattr(plan, "this_device", lambda index: device)
         patch.setattr(schedule, "this_device", lambda index: device)
         recorder = Recorder(schedule.schedule_kernel, launches)

@@ -441,6 +441,9 @@ class VarlenSchedule:
         self.num_seqs = 0
         self.work = self.items[:0]  # prefill items in use
         self.plan = plan
+        # Equal after updates that chose the same kernels.
+        self.choice = 0
+        self.choices = {(plan, self.sight): 0}
 
     def plan_for(self, max_query_len: int) -> AttentionPlan:
         """The plan of a batch whose longest query has max_query_len tokens."""
@@ -575,3 +578,4 @@ class VarlenSchedule:
         self.max_query_len = max_query_len
         self.num_seqs = num_seqs
         self.work = self.items[:num_items]
+        self.choice = self.choices.setdefault((plan, sight), len(self.choices))
