@@ -92,16 +92,6 @@ def device_of(name: str):
     return next(d for d in DEVICES.values() if d.arch == target.arch)
 
 
-class Recorder:
-    """Stands for a kernel and keeps what it is launched with."""
-
-    def __init__(self, kernel, launches: list):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
-
-
 def record(case: Case, device) -> list[tuple]:
     """(Kernel, arguments, constants) of a mixed batch: schedule, decode, prefill."""
     conch = "vllm.attention.ops.conch"
@@ -131,8 +121,6 @@ def record(case: Case, device) -> list[tuple]:
         patch.setattr(launch.BoundLaunch, "__call__", call)
         patch.setattr(plan, "this_device", lambda index: device)
         patch.setattr(schedule, "this_device", lambda index: device)
-        recorder = Recorder(schedule.schedule_kernel, launches)
-        patch.setattr(schedule, "schedule_kernel", recorder)
         work = schedule.VarlenSchedule(
             max_num_seqs=64,
             max_num_tokens=tokens,

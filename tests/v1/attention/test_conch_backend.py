@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -898,6 +899,65 @@ def test_nothing_compiles_after_warm_up(
         engine.step(lengths, padded_reqs=2, padded_tokens=1)
     engine.step([(1, 5)], padded_tokens=MAX_NUM_TOKENS - 1)
     assert not compiled
+
+
+def at_offset(tensor: torch.Tensor, offset: int) -> torch.Tensor:
+    """The tensor, in memory that begins so many elements after an aligned address."""
+    flat = tensor.new_empty(tensor.numel() + offset)[offset:]
+    return flat.view(tensor.shape).copy_(tensor)
+
+
+@gpu_only
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_a_thousand_random_batches_compile_nothing(
+    kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decodes, drafts, chunks and whole prompts; lengths and slots at any address."""
+    from triton import knobs
+
+    layers = [{}, {"sliding_window": 40}]
+    engine = Engine(
+        layers,
+        dtype=torch.bfloat16,
+        kv_cache_dtype=kv_cache_dtype,
+        num_speculative_tokens=3,
+        num_blocks=160,
+    )
+    for layer in engine.layers:
+        layer.impl.warm_up(layer)
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        knobs.runtime,
+        "jit_post_compile_hook",
+        lambda **event: compiled.append(event["fn"].name),
+    )
+    random = Random(0)
+    for _ in range(1000):
+        longest = random.choice([1, 4, 16, 200])
+        lengths = []
+        for _ in range(random.randint(1, 6)):
+            query_len = random.randint(1, longest)
+            lengths.append((query_len, random.randint(0, MAX_MODEL_LEN - query_len)))
+        padding = {"padded_reqs": random.randint(0, 2)}
+        padding["padded_tokens"] = random.choice([0, 1, 13, 3000])
+        common = engine.fill(lengths, **padding)
+        for name in (
+            "query_start_loc",
+            "seq_lens",
+            "slot_mapping",
+            "block_table_tensor",
+        ):
+            tensor = getattr(common, name)
+            setattr(common, name, at_offset(tensor, random.randrange(4)))
+        metadata = engine.builder.build(0, common)
+        for layer in engine.layers:
+            query, key, value = engine.new_tokens(layer, common.num_actual_tokens)
+            if random.random() < 0.5:  # tensors of their own
+                query, key, value = query.clone(), key.contiguous(), value.clone()
+            query = engine.as_passed(layer, query)
+            output = torch.empty_like(query, dtype=engine.dtype)
+            run_layer(layer, query, key, value, metadata, output)
+        assert not compiled, (compiled, lengths, padding)
 
 
 def test_views_of_a_cache_are_made_once() -> None:

@@ -7,6 +7,9 @@ longer than the launch itself.  A function that has already reduced its argument
 cached plan knows the variant: only the addresses are new.
 """
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +59,38 @@ def describe_pages(cache: torch.Tensor, slots: int, head_padded: int):
     return describe(cache.data_ptr(), cache.dtype, *layout)
 
 
+# Whether launches only have their variants compiled; see `compile_together`.
+compiles_only = False
+
+
+@contextmanager
+def compile_together(num_threads: int) -> Iterator[None]:
+    """Within it no `Launch` launches anything: variants are compiled, in parallel.
+
+    At the end all are in Triton's cache. An error of the compiler is left to the
+    launch that needs the variant. Where Triton cannot compile in parallel (before 3.5,
+    in the interpreter, and on AMD GPUs, where LLVM may abort) launches are as ever.
+    """
+    global compiles_only
+    in_parallel = (
+        num_threads > 1
+        and torch.version.cuda is not None
+        and hasattr(triton, "AsyncCompileMode")
+    )
+    if not in_parallel or compiles_only:
+        yield
+        return
+    with (
+        ThreadPoolExecutor(num_threads) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        compiles_only = True
+        try:
+            yield
+        finally:
+            compiles_only = False
+
+
 class Launch:
     """A launch with everything fixed but the contents and addresses of its tensors.
 
@@ -89,6 +124,7 @@ class Launch:
         self.arguments = arguments
         self.constants = constants
         self.variants: dict[tuple, Any] = {}
+        self.submitted: set[tuple] = set()  # variants that `compile_together` compiles
         is_compiled = isinstance(kernel, triton.JITFunction)
         self.is_cacheable = is_compiled and torch.version.cuda is not None
         self.after_tensors = arguments + tuple(
@@ -121,6 +157,13 @@ class Launch:
         arguments: what varies, and the tensors.
         """
         return self.kernel[grid](*arguments, *self.arguments, **self.constants)
+
+    def compile(self, variant: tuple, arguments: tuple) -> None:
+        """Has a variant compiled; arguments: what varies, and the tensors."""
+        if variant not in self.submitted and variant not in self.variants:
+            self.submitted.add(variant)
+            every = (*arguments, *self.arguments)
+            self.kernel.warmup(*every, grid=self.grid, **self.constants)
 
 
 class BoundLaunch:
@@ -157,11 +200,13 @@ class BoundLaunch:
         if bits % POINTER_ALIGNMENT:
             every = addresses + self.addresses
             alignment = tuple((a or 0) % POINTER_ALIGNMENT == 0 for a in every)
-        compiled = launch.variants.get((device, alignment))
-        if compiled is None:
+        variant = (device, alignment)
+        compiled = launch.variants.get(variant)
+        if compiles_only:
+            launch.compile(variant, varying + tensors + self.tensors)
+        elif compiled is None:
             every_argument = varying + tensors + self.tensors
-            compiled = launch.launch(programs, every_argument)
-            launch.variants[device, alignment] = compiled
+            launch.variants[variant] = launch.launch(programs, every_argument)
         else:
             stream = driver.get_current_stream(device)
             run(compiled, programs, stream, (*varying, *addresses, *self.tail))
