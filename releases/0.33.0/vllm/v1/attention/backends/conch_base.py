@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 
 from vllm import envs
-from vllm.attention.ops.conch.launch import compile_together
 from vllm.config import VllmConfig
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
 from vllm.v1.attention.backend import (
@@ -30,6 +29,7 @@ from vllm.v1.attention.backend import (
     max_decode_query_len,
 )
 from vllm.v1.attention.backends.utils import compute_mm_prefix_range_tensor
+from vllm.v1.attention.ops.conch.launch import compile_together
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 __all__ = [
