@@ -530,7 +530,8 @@ def main() -> int:
     show(rows, options.baseline)
     for one in found:
         print(
-            f"# {one['backend']}, KV cache {one['kv_cache_dtype']}: started in {one['start_seconds']:.0f} s; "
+            f"# {one['backend']}, KV cache {one['kv_cache_dtype']}: "
+            f"started in {one['start_seconds']:.0f} s; "
             f"skipped: {', '.join(one['skipped']) or 'nothing'}"
         )
     show_agreement(found)
