@@ -1008,8 +1008,9 @@ def test_a_layer_checks_each_kind_of_batch_once(
     checks = Checks(engine, monkeypatch)
     assert checks.of(BATCHES["decode"]) == BOTH
     assert checks.of([(1, 3), (1, 90)], padded_reqs=1) == []
-    assert checks.of(BATCHES["mixed"]) == BOTH[1:]  # other kernels
-    assert checks.of(BATCHES["prefill"]) == []
+    assert checks.of(BATCHES["mixed"]) == []
+    assert checks.of([(12, 30), (1, 7)]) == BOTH[1:]  # other tiles
+    assert checks.of([(12, 3), (12, 50)]) == []
     assert checks.of(BATCHES["prefill"], causal=False) == BOTH[1:]
     assert checks.of(BATCHES["decode"]) == []
     engine.block_table = engine.block_table.clone()
