@@ -92,16 +92,6 @@ def device_of(name: str):
     return next(d for d in DEVICES.values() if d.arch == target.arch)
 
 
-class Recorder:
-    """Stands for a kernel and keeps what it is launched with."""
-
-    def __init__(self, kernel, launches: list):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
-
-
 def record(case: Case, device) -> list[tuple]:
     """(Kernel, arguments, constants) of a mixed batch: schedule, decode, prefill."""
     conch = "vllm.attention.ops.conch"
@@ -111,9 +101,10 @@ def record(case: Case, device) -> list[tuple]:
     )
     launches: list[tuple] = []
 
-    def call(self, *tensors, descriptors=(), grid=None):
-        args = (*tensors, *descriptors, *self.arguments)
-        launches.append((self.kernel, args, self.constants))
+    def call(self, *tensors, varying=(), grid=None):
+        described = self.launch
+        args = (*varying, *tensors, *self.tensors, *described.arguments)
+        launches.append((described.kernel, args, described.constants))
 
     def integers(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device="meta")
@@ -127,11 +118,9 @@ def record(case: Case, device) -> list[tuple]:
     if case.kv_dtype != case.dtype:
         scale = torch.empty(1, device="meta")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch.Launch, "__call__", call)
+        patch.setattr(launch.BoundLaunch, "__call__", call)
         patch.setattr(plan, "this_device", lambda index: device)
         patch.setattr(schedule, "this_device", lambda index: device)
-        recorder = Recorder(schedule.schedule_kernel, launches)
-        patch.setattr(schedule, "schedule_kernel", recorder)
         work = schedule.VarlenSchedule(
             max_num_seqs=64,
             max_num_tokens=tokens,

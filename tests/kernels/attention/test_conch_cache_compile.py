@@ -58,11 +58,11 @@ def compile_cache_write(name: str, cache_dtype: torch.dtype | None) -> Resources
     compiled = compile_for(
         TARGETS[name],
         reshape_and_cache_kernel,
-        *(key, key, key_cache, value_cache, torch.zeros(4, dtype=torch.int64)),
+        4,
+        *(key, key, torch.zeros(4, dtype=torch.int64), key_cache, value_cache),
         *(scale, scale),
         *(key.stride()[:2], key.stride()[:2]),
         *(key_cache.stride()[:3], value_cache.stride()[:3]),
-        4,
         NUM_KV_HEADS=8,
         HEAD_SIZE=128,
         BLOCK_SIZE=16,

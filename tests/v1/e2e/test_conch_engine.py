@@ -57,9 +57,9 @@ class Steps:
             self.batches.append(list(zip(query_lens, metadata.seq_lens.tolist())))
             return metadata
 
-        def counting_attention(*args: Any, **kwargs: Any) -> None:
+        def counting_attention(*args: Any, **kwargs: Any) -> Any:
             self.num_calls += 1
-            attention(*args, **kwargs)
+            return attention(*args, **kwargs)
 
         monkeypatch.setattr(builder, "build", recording_build)
         monkeypatch.setattr(conch_attn, "varlen_attention", counting_attention)

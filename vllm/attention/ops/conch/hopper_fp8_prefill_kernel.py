@@ -719,6 +719,7 @@ def load_scale(pointer):
     do_not_specialize=["max_items", "long_seq", "block_table_stride", "window"],
 )
 def hopper_fp8_prefill_kernel(
+    max_items,
     q_desc,  # [num_tokens, num_query_heads, HEAD_SIZE], box [64 / PACK, PACK, PANEL]
     k_desc,  # [num_blocks, PAGE, num_kv_heads, HEAD_SIZE], box [1, BOX, 1, PANEL]
     v_desc,  # like k_desc
@@ -731,7 +732,6 @@ def hopper_fp8_prefill_kernel(
     v_scale,
     output_token_stride,
     output_head_stride,
-    max_items,
     long_seq,
     block_table_stride,
     scale_log2,

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from vllm.triton_utils import triton
+
+from .checks import TensorSpec, signature
+from .launch import Launch
 
 CAPABILITY = (9, 0)
 TRITON_VERSIONS = ("3.6.",)  # Gluon has no stable interface: what was tested
@@ -59,10 +62,6 @@ CONFIGS = {
 # Bytes of K and V that all heads of one query tile read, from which heads are done
 # one after the other: L2 has 50 MiB.
 LONG_SEQUENCE_BYTES = 48 * 2**20
-
-
-# Compiled kernels by what `hopper_prefill` says of a call.
-VARIANTS: dict[tuple, Any] = {}
 
 
 @lru_cache
@@ -128,14 +127,13 @@ def describe(
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     base = SimpleNamespace(dtype=dtype, data_ptr=lambda: address)
-    layout = NVMMASharedLayout(128, 16, rank=len(box))
+    swizzled = box[-1] * dtype.itemsize
+    layout = NVMMASharedLayout(swizzled, 8 * dtype.itemsize, rank=len(box))
     return TensorDescriptor(base, list(shape), list(strides), list(box), layout)
 
 
 def describe_tensor(tensor: torch.Tensor, box: tuple[int, ...]):
-    return describe(
-        tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), box
-    )
+    return describe(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), box)
 
 
 @lru_cache
@@ -183,6 +181,75 @@ def check_sinks(sinks: torch.Tensor, query: torch.Tensor) -> None:
         )
 
 
+class HopperLaunch(NamedTuple):
+    """A launch, and the boxes in which it reads queries and pages through TMA.
+
+    What varies: the number of work items, and descriptors of query, keys and values.
+    """
+
+    launch: Launch
+    query_box: tuple[int, ...]
+    page_box: tuple[int, ...]
+
+
+def plan_launch(
+    query: TensorSpec,
+    key_cache: TensorSpec,
+    output: TensorSpec,
+    block_table: TensorSpec,
+    *,
+    pack: int,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    softcap: float,
+    config: HopperConfig | None = None,
+) -> HopperLaunch:
+    """Plans what `hopper_prefill` launches, with the tensors output, output_lse, sinks,
+    work and block_table. Arguments as there."""
+    from .hopper_prefill_kernel import hopper_prefill_kernel
+
+    _, block_size, num_kv_heads, head_size = key_cache.shape
+    num_query_heads = query.shape[1]
+    config = config or CONFIGS[max(64, triton.next_power_of_2(head_size))]
+    group = num_query_heads // num_kv_heads
+    row_block = config.row_block
+    if row_block is None:
+        row_block = rows_by_head(group, pack, sliding_window is not None)
+    launch = Launch(
+        hopper_prefill_kernel,
+        (num_programs(query.device),),
+        (
+            *output.strides[:2],
+            LONG_SEQUENCE_BYTES // (4 * head_size * num_kv_heads),
+            block_table.strides[0],
+            (softcap or scale) * LOG2E,
+            scale / softcap if softcap else 0.0,
+            sliding_window or 0,
+        ),
+        dict(
+            HEAD_SIZE=head_size,
+            BLOCK_N=config.block_n,
+            PAGE=block_size,
+            GROUP=group,
+            PACK=pack,
+            HEAD_TILES=num_query_heads // pack,
+            CONSUMERS=config.consumers,
+            STAGES=config.stages,
+            CAUSAL=causal,
+            WINDOWED=sliding_window is not None,
+            WIDE_WINDOW=(sliding_window or 0) >= CONSUMER_ROWS + config.block_n,
+            SOFTCAP=config.softcap if softcap else None,
+            NARROW_P=config.narrow_p,
+            ROW_BLOCK=row_block,
+            Q_STAGES=config.q_stages,
+            num_warps=4,
+        ),
+    )
+    page_box = (1, min(block_size & -block_size, config.block_n), 1, PANEL)
+    return HopperLaunch(launch, (CONSUMER_ROWS // pack, pack, PANEL), page_box)
+
+
 def hopper_prefill(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -201,6 +268,8 @@ def hopper_prefill(
     config: HopperConfig | None = None,
 ) -> None:
     """Attention of the queries on a work list to their sequences' paged keys.
+
+    Plans its launch anew in every call, unlike `varlen_attention`.
 
     Args:
         query: [num_tokens, num_query_heads, head_size], bf16 or fp16.
@@ -227,71 +296,32 @@ def hopper_prefill(
             output_lse.
         config: tile and pipeline, default by head size.
     """
-    from .hopper_prefill_kernel import hopper_prefill_kernel
-
-    _, block_size, num_kv_heads, head_size = key_cache.shape
-    num_query_heads = query.shape[1]
     for name, tensor in (
         ("query", query), ("key_cache", key_cache), ("value_cache", value_cache)
     ):  # fmt: skip
         check_alignment(name, tensor)
     if sinks is not None:
         check_sinks(sinks, query)
-    config = config or CONFIGS[max(64, triton.next_power_of_2(head_size))]
-    group = num_query_heads // num_kv_heads
-    row_block = config.row_block
-    if row_block is None:
-        row_block = rows_by_head(group, pack, sliding_window is not None)
-    box = (1, min(block_size & -block_size, config.block_n), 1, PANEL)
-    constants = dict(
-        HEAD_SIZE=head_size,
-        BLOCK_N=config.block_n,
-        PAGE=block_size,
-        GROUP=group,
-        PACK=pack,
-        HEAD_TILES=num_query_heads // pack,
-        CONSUMERS=config.consumers,
-        STAGES=config.stages,
-        CAUSAL=causal,
-        WINDOWED=sliding_window is not None,
-        WIDE_WINDOW=(sliding_window or 0) >= CONSUMER_ROWS + config.block_n,
-        SOFTCAP=config.softcap if softcap else None,
-        NARROW_P=config.narrow_p,
-        ROW_BLOCK=row_block,
-        Q_STAGES=config.q_stages,
+    specs = (TensorSpec(*signature(t)) for t in (query, key_cache, output, block_table))
+    hopper = plan_launch(
+        *specs,
+        pack=pack,
+        scale=scale,
+        causal=causal,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        config=config,
     )
-    arguments = (
-        describe_tensor(query, (CONSUMER_ROWS // pack, pack, PANEL)),
-        describe_tensor(key_cache, box),
-        describe_tensor(value_cache, box),
+    hopper.launch(
         output,
         output_lse,
         sinks,
         work,
         block_table,
-        output.stride(0),
-        output.stride(1),
-        work.shape[0],
-        LONG_SEQUENCE_BYTES // (4 * head_size * num_kv_heads),
-        block_table.stride(0),
-        (softcap or scale) * LOG2E,
-        scale / softcap if softcap else 0.0,
-        sliding_window or 0,
+        varying=(
+            work.shape[0],
+            describe_tensor(query, hopper.query_box),
+            describe_tensor(key_cache, hopper.page_box),
+            describe_tensor(value_cache, hopper.page_box),
+        ),
     )
-    # All that Triton distinguishes variants by; looking for itself takes it longer.
-    variant = (
-        query.device,
-        query.dtype,
-        tuple(None if t is None else t.data_ptr() % 16 == 0 for t in arguments[3:8]),
-        None if sinks is None else sinks.dtype,
-        arguments[8:10],
-        tuple(constants.values()),
-    )
-    grid = (num_programs(query.device), 1, 1)
-    compiled = VARIANTS.get(variant)
-    if compiled is None:
-        VARIANTS[variant] = hopper_prefill_kernel[grid](
-            *arguments, **constants, num_warps=4
-        )
-    else:
-        compiled[grid](*arguments, *constants.values())

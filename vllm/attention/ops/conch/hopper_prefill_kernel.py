@@ -492,6 +492,7 @@ def consumer(cfg, batch, rings, lse, sinks, CONSUMER: gl.constexpr):
     do_not_specialize=["max_items", "long_seq", "block_table_stride", "window"],
 )
 def hopper_prefill_kernel(
+    max_items,
     q_desc,  # [num_tokens, num_query_heads, HEAD_SIZE], box [64 / PACK, PACK, 64]
     k_desc,  # [num_blocks, PAGE, num_kv_heads, HEAD_SIZE], box [1, BOX, 1, 64]
     v_desc,  # like k_desc
@@ -502,7 +503,6 @@ def hopper_prefill_kernel(
     block_table,
     output_token_stride,
     output_head_stride,
-    max_items,
     long_seq,
     block_table_stride,
     scale_log2,

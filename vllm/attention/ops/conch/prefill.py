@@ -119,6 +119,9 @@ def head_and_item(program, head_tiles, num_items, HEAD_LANES: tl.constexpr):
     ]
 )
 def prefill_kernel(
+    # Descriptors of [num_blocks, num_kv_heads, block_size, head_size], or None
+    key_boxes,
+    value_boxes,
     output_ptr,  # [num_tokens, num_query_heads, head_size]
     lse_ptr,  # [num_tokens, num_query_heads] or None
     query_ptr,  # [num_tokens, num_query_heads, head_size]
@@ -135,9 +138,6 @@ def prefill_kernel(
     ranges_ptr,  # [num_seqs, num_ranges, 2] or None
     prefix_ptr,  # [num_seqs] or None
     output_scale_ptr,  # [1] or None
-    # Descriptors of [num_blocks, num_kv_heads, block_size, head_size], or None
-    key_boxes,
-    value_boxes,
     output_strides,  # (token, head)
     lse_stride,
     query_strides,

@@ -9,6 +9,7 @@ before anything is stored, and keys do not wait for their slots: one round trip 
 memory, not two.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -86,18 +87,18 @@ def store_rows(
     do_not_specialize=["slot_mapping_ptr", "k_scale_ptr", "v_scale_ptr", "num_tokens"]
 )
 def reshape_and_cache_kernel(
+    num_tokens,
     key_ptr,  # [num_tokens or more, NUM_KV_HEADS, HEAD_SIZE]
     value_ptr,
+    slot_mapping_ptr,  # [num_tokens]
     key_cache_ptr,  # [num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE]
     value_cache_ptr,
-    slot_mapping_ptr,  # [num_tokens]
     k_scale_ptr,  # [1], or None where nothing is scaled
     v_scale_ptr,
     key_strides,
     value_strides,
     key_cache_strides,
     value_cache_strides,
-    num_tokens,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -219,35 +220,105 @@ def check_arguments(
             check_scale(name, scale, "key", key)
 
 
+class Launches(NamedTuple):
+    """The launches for all numbers of tokens, by the tile."""
+
+    small: Launch
+    large: Launch
+    large_from: int  # tokens
+
+
 @lru_cache(maxsize=4096)
-def prepare(*signatures: tuple | None) -> Launch | None:
-    """Checks the arguments of `reshape_and_cache` and plans its launch."""
+def plan_launches(
+    dtype: torch.dtype,
+    device: torch.device,
+    cache_dtype: torch.dtype,
+    has_scales: tuple[bool, bool],
+    row: tuple[int, int],
+    block_size: int,
+    strides: tuple[tuple[int, ...], ...],
+) -> Launches:
+    """Plans the launches for a layout.
+
+    Args:
+        dtype: of keys and values.
+        device: where all is.
+        cache_dtype: of the caches.
+        has_scales: whether K and V come with a scale.
+        row: num_kv_heads and head_size.
+        block_size: slots of a page.
+        strides: of key, value, key_cache and value_cache, without the last.
+    """
+    num_units = this_device(device.index).num_units
+    row_size = math.prod(row)
+    is_fp8 = cache_dtype in FP8_DTYPES
+
+    def plan(tile: Tile) -> Launch:
+        return Launch(
+            reshape_and_cache_kernel,
+            (1, triton.cdiv(row_size, tile.elements)),  # for up to tile.tokens
+            strides,
+            dict(
+                NUM_KV_HEADS=row[0],
+                HEAD_SIZE=row[1],
+                BLOCK_SIZE=block_size,
+                FP8=triton_fp8(cache_dtype) if is_fp8 else None,
+                FP8_MAX=torch.finfo(cache_dtype).max if is_fp8 else None,
+                TOKENS=tile.tokens,
+                ELEMENTS=tile.elements,
+                num_warps=tile.num_warps,
+            ),
+        )
+
+    large_from = min_large_tokens(row_size, num_units)
+    small, large = (
+        plan(plan_tile(tokens, row_size, num_units)) for tokens in (1, large_from)
+    )
+    return Launches(small, large, large_from)
+
+
+@lru_cache(maxsize=4096)
+def prepare(*signatures: tuple | None) -> Launches:
+    """Checks the arguments of `reshape_and_cache` and plans its launches."""
     specs = specs_of(signatures)
     check_arguments(*specs)
-    key, _, key_cache, _, slot_mapping = specs[:5]
-    num_tokens = slot_mapping.shape[0]
-    if num_tokens == 0:
-        return None
-    _, num_kv_heads, head_size = key.shape
-    row_size = num_kv_heads * head_size
-    device = this_device(key.device.index)
-    tile = plan_tile(num_tokens, row_size, device.num_units)
-    is_fp8 = key_cache.dtype in FP8_DTYPES
-    return Launch(
-        reshape_and_cache_kernel,
-        (triton.cdiv(num_tokens, tile.tokens), triton.cdiv(row_size, tile.elements)),
-        (*(free_strides(spec)[:-1] for spec in specs[:4]), num_tokens),
-        dict(
-            NUM_KV_HEADS=num_kv_heads,
-            HEAD_SIZE=head_size,
-            BLOCK_SIZE=key_cache.shape[1],
-            FP8=triton_fp8(key_cache.dtype) if is_fp8 else None,
-            FP8_MAX=torch.finfo(key_cache.dtype).max if is_fp8 else None,
-            TOKENS=tile.tokens,
-            ELEMENTS=tile.elements,
-            num_warps=tile.num_warps,
-        ),
+    key, _, key_cache = specs[:3]
+    return plan_launches(
+        key.dtype,
+        key.device,
+        key_cache.dtype,
+        (specs[5] is not None, specs[6] is not None),
+        key.shape[1:],
+        key_cache.shape[1],
+        tuple(free_strides(spec)[:-1] for spec in specs[:4]),
     )
+
+
+class PreparedWrite:
+    """A checked call of `reshape_and_cache`, to be repeated with other tokens.
+
+    A repetition writes to the same caches. It is right for any number of tokens, as
+    long as the caches and their scales stay where they are, and keys and values keep
+    their dtype and strides; after a call with one token, whose stride counts for
+    nothing, for one token alone. None of that is checked again.
+    """
+
+    def __init__(self, launches: Launches, *tensors: torch.Tensor | None) -> None:
+        """Binds the launches to key_cache, value_cache, k_scale and v_scale."""
+        small, large, self.large_from = launches
+        self.small, self.large = small.bind(*tensors), large.bind(*tensors)
+
+    def __call__(
+        self, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Writes; arguments as for `reshape_and_cache`."""
+        num_tokens = slot_mapping.shape[0]
+        if num_tokens == 0:
+            return
+        write = self.small if num_tokens < self.large_from else self.large
+        launch = write.launch
+        grid = (-(-num_tokens // launch.constants["TOKENS"]), launch.grid[1])
+        write(key, value, slot_mapping, varying=(num_tokens,), grid=grid)
 
 
 def reshape_and_cache(
@@ -259,7 +330,7 @@ def reshape_and_cache(
     *,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
-) -> None:
+) -> PreparedWrite:
     """Copies each token's key and value to its slot in the KV cache.
 
     Args:
@@ -277,10 +348,14 @@ def reshape_and_cache(
             Without effect on other caches.
         v_scale: The same for values.
 
+    Returns:
+        What writes again, without checks, where only key, value and slot_mapping are
+        others.
+
     Raises:
         ValueError: An argument has a wrong shape, dtype, device or stride.
     """
-    launch = prepare(
+    launches = prepare(
         signature(key),
         signature(value),
         signature(key_cache),
@@ -289,14 +364,14 @@ def reshape_and_cache(
         None if k_scale is None else signature(k_scale),
         None if v_scale is None else signature(v_scale),
     )
-    if launch is None:  # no tokens
-        return
     if key_cache.dtype == key.dtype:
         k_scale = v_scale = None
     else:
         key_cache = storage_view(key_cache)
         value_cache = storage_view(value_cache)
-    launch(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+    prepared = PreparedWrite(launches, key_cache, value_cache, k_scale, v_scale)
+    prepared(key, value, slot_mapping)
+    return prepared
 
 
 def warm_up(

@@ -15,6 +15,7 @@ from vllm.triton_utils import tl, triton
 
 from .checks import check_tensor, reject
 from .decode import SEQUENCE_FIELDS, WORKER_FIELDS, decode_key_tiles, decode_rows
+from .launch import Launch
 from .limits import first_seen_key
 from .plan import (
     MAX_DECODE_QUERY_LEN,
@@ -256,6 +257,8 @@ def schedule_prefill(
     ]
 )
 def schedule_kernel(
+    num_seqs,
+    decode_query_len,
     query_start_loc_ptr,  # [num_seqs + 1]
     seq_lens_ptr,  # [num_seqs]
     workers_ptr,
@@ -264,8 +267,6 @@ def schedule_kernel(
     items_ptr,
     ranges_ptr,  # [num_seqs, num_ranges, 2] or None
     prefix_ptr,  # [num_seqs] or None
-    num_seqs,
-    decode_query_len,
     window,
     num_ranges,  # None without ranges
     NUM_WORKERS: tl.constexpr,
@@ -439,6 +440,10 @@ class VarlenSchedule:
         self.num_seqs = 0
         self.work = self.items[:0]  # prefill items in use
         self.plan = plan
+        # Equal after updates that chose the same kernels.
+        self.choice = 0
+        self.choices = {(plan, self.sight): 0}
+        self.launches: dict[int, Launch] = {}  # by choice
 
     def plan_for(self, max_query_len: int) -> AttentionPlan:
         """The plan of a batch whose longest query has max_query_len tokens."""
@@ -541,9 +546,11 @@ class VarlenSchedule:
             num_items = self.max_items(num_tokens, num_seqs)
         else:
             decode_query_len = ANY_QUERY_LEN
-        # All items, for a captured graph reads as many as its own batch had.
-        programs = triton.cdiv(self.num_workers, LANES) + self.items.shape[0] // LANES
-        schedule_kernel[(programs,)](
+        self.choice = self.choices.setdefault((plan, sight), len(self.choices))
+        launch = self.launches.get(self.choice)
+        if launch is None:
+            launch = self.launches[self.choice] = self.plan_launch(plan, sight)
+        launch(
             query_start_loc,
             seq_lens,
             self.workers,
@@ -552,24 +559,36 @@ class VarlenSchedule:
             self.items,
             mm_prefix_range,
             prefix_lens,
-            num_seqs,
-            decode_query_len,
-            sight.window,
-            None if mm_prefix_range is None else sight.num_ranges,
-            NUM_WORKERS=self.num_workers,
-            NUM_KV_HEADS=self.shape.num_kv_heads,
-            GROUP=self.shape.group,
-            DECODE_BLOCK_M=plan.decode.block_m,
-            DECODE_TILE=plan.decode.tile,
-            ABREAST_TILES=plan.abreast_tiles,
-            PREFILL_PACK=plan.prefill_pack,
-            PREFILL_BLOCK_M=plan.prefill_rows,
-            **sight.constants(),
-            BLOCK=min(triton.next_power_of_2(self.max_num_seqs), MAX_SEQUENCES_AT_ONCE),
-            LANES=LANES,
+            varying=(num_seqs, decode_query_len),
         )
         self.plan = plan
         self.sight = sight
         self.max_query_len = max_query_len
         self.num_seqs = num_seqs
         self.work = self.items[:num_items]
+
+    def plan_launch(self, plan: AttentionPlan, sight: Sight) -> Launch:
+        """Plans the launch that fills the work lists for kernels of this plan."""
+        # All items, for a captured graph reads as many as its own batch had.
+        programs = triton.cdiv(self.num_workers, LANES) + self.items.shape[0] // LANES
+        has_ranges = sight.sliding_window is not None and sight.num_ranges is not None
+        return Launch(
+            schedule_kernel,
+            (programs,),
+            (sight.window, sight.num_ranges if has_ranges else None),
+            dict(
+                NUM_WORKERS=self.num_workers,
+                NUM_KV_HEADS=self.shape.num_kv_heads,
+                GROUP=self.shape.group,
+                DECODE_BLOCK_M=plan.decode.block_m,
+                DECODE_TILE=plan.decode.tile,
+                ABREAST_TILES=plan.abreast_tiles,
+                PREFILL_PACK=plan.prefill_pack,
+                PREFILL_BLOCK_M=plan.prefill_rows,
+                **sight.constants(),
+                BLOCK=min(
+                    triton.next_power_of_2(self.max_num_seqs), MAX_SEQUENCES_AT_ONCE
+                ),
+                LANES=LANES,
+            ),
+        )

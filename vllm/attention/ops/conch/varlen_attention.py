@@ -3,7 +3,6 @@
 """Attention of ragged batches over a paged KV cache."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from .checks import (
 )
 from .decode import decode_kernel
 from .fp8 import FP8_DTYPES, storage_view, triton_fp8
+from .hopper_prefill import HopperLaunch
 from .launch import Launch, describe_pages
 from .plan import (
     BLOCK_SIZE_MULTIPLE,
@@ -275,7 +275,8 @@ class Launches(NamedTuple):
     decode: Launch
     prefill: Launch
     boxes: Launch | None  # prefill with K and V in boxes, where addresses suit
-    hopper: bool  # strides and options suit the Hopper prefill kernel of the plan
+    # Prefill by the Hopper kernel of the plan, where addresses suit.
+    hopper: HopperLaunch | None
 
 
 # By what `layer_key` says of a call.
@@ -353,15 +354,114 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         specs["key_cache"], specs["value_cache"]
     ):
         boxes = plan_prefill(plan.prefill_boxes)
-    hopper = (
+    hopper = None
+    if (
         plan.hopper is not None
         and sight.chunk_lookback < 0
         and specs.keys().isdisjoint(PORTABLE[plan.hopper])
         and specs["output"].dtype in hopper_prefill.DTYPES
         and (lse is None or lse.strides[0] == shape.num_query_heads)
         and strides_suit_tma(specs["query"], specs["key_cache"], specs["value_cache"])
-    )
+    ):
+        module = hopper_fp8_prefill if plan.hopper == "fp8" else hopper_prefill
+        hopper = module.plan_launch(
+            *(specs[n] for n in ("query", "key_cache", "output", "block_table")),
+            pack=plan.prefill_pack,
+            scale=options.scale,
+            causal=options.causal,
+            sliding_window=sight.sliding_window,
+            softcap=options.softcap,
+        )
     return Launches(decode, plan_prefill(plan.prefill), boxes, hopper)
+
+
+class PreparedAttention:
+    """A checked call of `varlen_attention`, to be repeated with other queries.
+
+    A repetition attends to the same caches with the same options, through the same
+    schedule and block table. It is right for every batch that the schedule is updated
+    for while `schedule.choice` stays, as long as caches, block table and what the
+    options name stay where they are, and queries and outputs keep their dtypes and
+    strides. None of that is checked again.
+    """
+
+    def __init__(
+        self,
+        launches: Launches,
+        schedule: VarlenSchedule,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        scales: tuple[torch.Tensor | None, ...],
+        features: tuple[torch.Tensor | None, ...],
+    ) -> None:
+        """Binds the launches to what all calls have in common.
+
+        Args:
+            launches: of the layer's shape.
+            schedule: updated for the first batch.
+            key_cache: as for `varlen_attention`.
+            value_cache: likewise.
+            block_table: likewise.
+            scales: those of query, keys and values.
+            features: as in FEATURES.
+        """
+        self.schedule = schedule
+        plan, shape = schedule.plan, schedule.shape
+        self.prefill_grid = (
+            shape.num_query_heads // plan.prefill_pack,
+            plan.prefill_rows // plan.prefill.block_m,  # for each item
+        )
+        caches, options = (key_cache, value_cache), (*scales, *features)
+        self.decode = launches.decode.bind(
+            *caches,
+            block_table,
+            schedule.workers,
+            schedule.sequences,
+            *schedule.partials,
+            schedule.arrivals,
+            *options,
+        )
+        self.hopper, self.boxes = None, (None, None)
+        prefill, config, aligned = (
+            launches.prefill,
+            plan.prefill_boxes,
+            is_aligned(*caches),
+        )
+        if launches.hopper and aligned:
+            launch, self.query_box, page_box = launches.hopper
+            self.pages = [hopper_prefill.describe_tensor(c, page_box) for c in caches]
+            work = (schedule.items, block_table)
+            sinks = features[FEATURES.index("sinks")]
+            self.hopper = launch.bind(
+                *((*work, *scales) if plan.hopper == "fp8" else (sinks, *work))
+            )
+        if config and launches.boxes and aligned:
+            prefill, box = launches.boxes, (config.tile, shape.head_padded)
+            self.boxes = (
+                describe_pages(key_cache, *box),
+                describe_pages(value_cache, *box),
+            )
+        self.prefill = prefill.bind(*caches, block_table, schedule.items, *options)
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        output_lse: torch.Tensor | None = None,
+    ) -> None:
+        """Attends; arguments as for `varlen_attention`, an output in fp8 as bytes."""
+        self.decode(output, output_lse, query)
+        num_items = self.schedule.work.shape[0]
+        if num_items == 0:
+            return
+        if self.hopper is not None and is_aligned(query):
+            queries = hopper_prefill.describe_tensor(query, self.query_box)
+            self.hopper(output, output_lse, varying=(num_items, queries, *self.pages))
+        else:
+            head_tiles, item_tiles = self.prefill_grid
+            grid = (head_tiles, num_items * item_tiles)
+            self.prefill(output, output_lse, query, varying=self.boxes, grid=grid)
 
 
 def varlen_attention(
@@ -391,7 +491,7 @@ def varlen_attention(
     prefix_lens: torch.Tensor | None = None,
     chunk_lookback: int = -1,
     output_scale: torch.Tensor | None = None,
-) -> None:
+) -> PreparedAttention | None:
     """Attends every sequence's new tokens to all of its keys and values.
 
     The last query_len of a sequence's seq_len tokens are new; those before are its
@@ -448,6 +548,10 @@ def varlen_attention(
         output_scale: [1] float32; output is float8 and gets the result divided by this,
             limited to the format's finite numbers.
 
+    Returns:
+        What attends again, without checks, where only query and output are others; None
+        for an empty batch without a schedule.
+
     Raises:
         ValueError: naming the argument that is not supported.
     """
@@ -488,7 +592,7 @@ def varlen_attention(
         check_arguments(tensors)
         num_seqs, num_tokens = seq_lens.shape[0], query.shape[0]
         if num_seqs == 0 or num_tokens == 0:
-            return
+            return None
         schedule = VarlenSchedule(
             max_num_seqs=num_seqs,
             max_num_tokens=num_tokens,
@@ -536,68 +640,14 @@ def varlen_attention(
         launches = LAUNCHES[key] = prepare(specs, options)
     if output_scale is not None:
         output = storage_view(output)
-    launches.decode(
-        output,
-        output_lse,
-        query,
+    prepared = PreparedAttention(
+        launches,
+        schedule,
         key_cache,
         value_cache,
         block_table,
-        schedule.workers,
-        schedule.sequences,
-        *schedule.partials,
-        schedule.arrivals,
-        q_scale,
-        k_scale,
-        v_scale,
-        *features,
+        (q_scale, k_scale, v_scale),
+        features,
     )
-    num_items = schedule.work.shape[0]
-    if num_items == 0:
-        return
-    if launches.hopper and is_aligned(query, key_cache, value_cache):
-        prefill: Callable[..., None] = hopper_prefill.hopper_prefill
-        extras: dict[str, torch.Tensor | None] = dict(sinks=sinks)
-        if plan.hopper == "fp8":
-            prefill = hopper_fp8_prefill.hopper_fp8_prefill
-            extras = dict(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
-        prefill(
-            query,
-            key_cache,
-            value_cache,
-            output,
-            block_table,
-            schedule.work,
-            pack=plan.prefill_pack,
-            scale=scale,
-            causal=causal,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            output_lse=output_lse,
-            **extras,
-        )
-    else:
-        launch, boxes = launches.prefill, (None, None)
-        config = plan.prefill_boxes
-        if config and launches.boxes and is_aligned(key_cache, value_cache):
-            launch = launches.boxes
-            box = config.tile, shape.head_padded
-            boxes = describe_pages(key_cache, *box), describe_pages(value_cache, *box)
-        launch(
-            output,
-            output_lse,
-            query,
-            key_cache,
-            value_cache,
-            block_table,
-            schedule.work,
-            q_scale,
-            k_scale,
-            v_scale,
-            *features,
-            descriptors=boxes,
-            grid=(
-                shape.num_query_heads // plan.prefill_pack,
-                num_items * (plan.prefill_rows // plan.prefill.block_m),
-            ),
-        )
+    prepared(query, output, output_lse)
+    return prepared

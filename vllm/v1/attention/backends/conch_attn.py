@@ -22,7 +22,11 @@ from vllm.attention.ops.conch import (
 )
 from vllm.attention.ops.conch.hopper_prefill import DTYPES as HOPPER_DTYPES
 from vllm.attention.ops.conch.plan import Shape, hopper_kernel, this_device
-from vllm.attention.ops.conch.reshape_and_cache import min_large_tokens
+from vllm.attention.ops.conch.reshape_and_cache import (
+    PreparedWrite,
+    min_large_tokens,
+)
+from vllm.attention.ops.conch.varlen_attention import PreparedAttention
 from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     QuantKey,
@@ -58,6 +62,9 @@ WARM_UP_QUERY_LENS = (1, 2, 4, 8, 16, 32)
 
 # Encoders attend to the keys and values of the batch itself, there is no cache.
 ENCODER_TYPES = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
+# Calls that a layer keeps: one for each kind of batch and each layout of its tensors.
+MAX_PREPARED = 256
+
 ATTENTION_TYPES = (
     AttentionType.DECODER,
     AttentionType.ENCODER_DECODER,
@@ -80,6 +87,13 @@ def fp8_cache_dtype(kv_cache_dtype: str) -> torch.dtype | None:
     if kv_cache_dtype in ("fp8", "fp8_e4m3"):
         return current_platform.fp8_dtype()
     return None
+
+
+def keep_prepared(calls: dict[tuple, Any], kind: tuple, call: Any) -> None:
+    """Keeps a prepared call; without end only if something never comes back."""
+    if len(calls) >= MAX_PREPARED:
+        calls.clear()
+    calls[kind] = call
 
 
 def pages_of_batch(rows: torch.Tensor) -> torch.Tensor:
@@ -457,6 +471,9 @@ class ConchAttentionImpl(ConchImplBase):
         # engine gives up the cache that it profiles with, and so do these.
         self.kv_cache: Callable[[], torch.Tensor | None] = lambda: None
         self.key_value: tuple[torch.Tensor, torch.Tensor] | None = None
+        # Checked calls on these views, to be repeated.
+        self.attentions: dict[tuple, PreparedAttention] = {}
+        self.writes: dict[tuple, PreparedWrite] = {}
 
         reasons = unsupported(
             head_size,
@@ -523,6 +540,7 @@ class ConchAttentionImpl(ConchImplBase):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V views of the layer's cache, in the dtype that its bytes stand for."""
         if kv_cache is not self.kv_cache() or self.key_value is None:
+            self.forget_views()
             # Views of .data: views of the tensor itself would keep it alive.
             key_cache, value_cache = key_value_views(kv_cache.data, self.head_size)
             if self.fp8_dtype is not None:
@@ -532,8 +550,10 @@ class ConchAttentionImpl(ConchImplBase):
             self.kv_cache = weakref.ref(kv_cache, self.forget_views)
         return self.key_value
 
-    def forget_views(self, _: Any) -> None:
+    def forget_views(self, _: Any = None) -> None:
         self.key_value = None
+        self.attentions.clear()
+        self.writes.clear()
 
     def write_kv_cache(
         self,
@@ -546,8 +566,14 @@ class ConchAttentionImpl(ConchImplBase):
         if self.is_encoder or kv_cache.numel() == 0:  # none: profiling
             return
         key_cache, value_cache = self.key_value_caches(kv_cache)
+        # One token's stride counts for nothing.
+        layout = (key.dtype, key.stride(), value.stride(), key.shape[0] == 1)
+        prepared = self.writes.get(layout)
+        if prepared is not None:
+            prepared(key, value, slot_mapping)
+            return
         is_fp8 = self.fp8_dtype is not None
-        reshape_and_cache(
+        prepared = reshape_and_cache(
             key,
             value,
             key_cache,
@@ -556,6 +582,7 @@ class ConchAttentionImpl(ConchImplBase):
             k_scale=layer._k_scale if is_fp8 else None,
             v_scale=layer._v_scale if is_fp8 else None,
         )
+        keep_prepared(self.writes, layout, prepared)
 
     def attend(
         self,
@@ -568,12 +595,31 @@ class ConchAttentionImpl(ConchImplBase):
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
     ) -> None:
+        schedule = metadata.schedules[self.schedule_key]
         if self.is_encoder:
             key_cache, value_cache = pages_of_batch(key), pages_of_batch(value)
         else:
             key_cache, value_cache = self.key_value_caches(kv_cache)
+        # Neither K and V nor a flag or a scale are tensors of this batch alone.
+        is_repeatable = (
+            not self.is_encoder
+            and metadata.mm_prefix_range is None
+            and output_scale is None
+            and isinstance(metadata.causal, bool)
+        )
+        if is_repeatable:
+            block_table = metadata.block_table
+            kind = (
+                *(schedule, schedule.choice, metadata.causal),
+                *(block_table.data_ptr(), block_table.stride()),
+                *(query.dtype, query.stride(), output.dtype, output.stride()),
+            )
+            prepared = self.attentions.get(kind)
+            if prepared is not None:
+                prepared(query, output)
+                return
         is_fp8 = self.fp8_dtype is not None
-        varlen_attention(
+        prepared = varlen_attention(
             query,
             key_cache,
             value_cache,
@@ -589,7 +635,7 @@ class ConchAttentionImpl(ConchImplBase):
             q_scale=layer._q_scale if query.dtype == self.fp8_dtype else None,
             k_scale=layer._k_scale if is_fp8 else None,
             v_scale=layer._v_scale if is_fp8 else None,
-            schedule=metadata.schedules[self.schedule_key],
+            schedule=schedule,
             sinks=self.sinks,
             alibi_slopes=self.alibi_slopes,
             alibi_sqrt=self.alibi_sqrt,
@@ -597,6 +643,8 @@ class ConchAttentionImpl(ConchImplBase):
             mm_prefix_in_window=self.schedule_key.mm_prefix_in_window,
             output_scale=output_scale,
         )
+        if is_repeatable:
+            keep_prepared(self.attentions, kind, prepared)
 
     def make_schedule(self, block_size: int, device: torch.device) -> VarlenSchedule:
         """A schedule for this layer and all that share its schedule_key."""

@@ -20,6 +20,7 @@ from vllm.attention.backends.abstract import (
     AttentionType,
     MultipleOf,
 )
+from vllm.attention.ops.conch.launch import compile_together
 from vllm.config import VllmConfig
 from vllm.v1.attention.backends.utils import (
     AttentionCGSupport,
@@ -49,6 +50,9 @@ __all__ = [
 ]
 
 PAGE_MULTIPLE = 16  # pages hold a multiple of so many tokens
+
+# Variants that are compiled at the same time.
+WARM_UP_THREADS = 4
 
 # Arguments that models pass to their attention layers, each with the value that
 # stands for not using the feature.
@@ -192,7 +196,7 @@ class ConchImplBase(AttentionImpl):
 
     @abstractmethod
     def warm_up(self, layer: AttentionLayer) -> None:
-        """Compiles every kernel that the layer can launch."""
+        """Launches every kernel that the layer can launch, which compiles it."""
 
     def forward(
         self,
@@ -214,6 +218,8 @@ class ConchImplBase(AttentionImpl):
             # without, so that this compiles the kernels in time.
             # Encoders have none at any time.
             if not self.is_warm and (self.is_encoder or kv_cache.numel() > 0):
+                with compile_together(WARM_UP_THREADS):
+                    self.warm_up(layer)
                 self.warm_up(layer)
                 self.is_warm = True
             return output.fill_(0)

@@ -9,10 +9,12 @@ do_kv_cache_update before it calls forward.
 """
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
 from vllm.v1.attention.backend import (
@@ -27,6 +29,7 @@ from vllm.v1.attention.backend import (
     max_decode_query_len,
 )
 from vllm.v1.attention.backends.utils import compute_mm_prefix_range_tensor
+from vllm.v1.attention.ops.conch.launch import compile_together
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 __all__ = [
@@ -186,7 +189,7 @@ class ConchImplBase(AttentionImpl):
 
     @abstractmethod
     def warm_up(self, layer: AttentionLayer) -> None:
-        """Compiles every kernel that the layer can launch."""
+        """Launches every kernel that the layer can launch, which compiles it."""
 
     def do_kv_cache_update(
         self,
@@ -244,10 +247,19 @@ class ConchWarmUpKernel(VllmJitKernel[str]):
         }
         return list(self.layers)
 
+    def compile_many(self, compile_keys: Iterable[str]) -> None:
+        layers = [self.layers.pop(name) for name in compile_keys]
+        with compile_together(envs.VLLM_TRITON_JIT_WARMUP_NUM_THREADS):
+            self.warm_up(layers)
+        self.warm_up(layers)
+
     def compile(self, compile_key: str) -> None:
-        layer = self.layers.pop(compile_key)
-        for impl in conch_impls(layer):
-            impl.warm_up(layer)
+        self.compile_many([compile_key])
+
+    def warm_up(self, layers: list[Any]) -> None:
+        for layer in layers:
+            for impl in conch_impls(layer):
+                impl.warm_up(layer)
 
 
 def conch_impls(layer: Any) -> list["ConchImplBase"]:
