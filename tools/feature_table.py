@@ -27,6 +27,7 @@ from vllm.version import __version__
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "features.md"
 BACKEND = "tests/v1/attention/test_conch_backend.py"
+DCP = "tests/v1/attention/test_conch_dcp.py"
 FEATURES = "tests/kernels/attention/test_conch_attention_features.py"
 MODELS = "tests/v1/e2e/test_conch_models.py"
 REFUSED = f"{BACKEND}::test_unsupported_configurations"
@@ -52,7 +53,7 @@ FLAGS = [
     ("MLA", "is_mla", REFUSED),
     ("Per-head scales", "supports_per_head_quant_scales", REFUSED),
     ("Batch invariance", "supports_batch_invariance", REFUSED),
-    ("DCP", "supports_dcp", REFUSED),
+    ("DCP", "supports_dcp", f"{DCP}::test_batches"),
     ("PCP", "supports_pcp", REFUSED),
     (
         "KV connector",

@@ -143,6 +143,11 @@ class InterpreterPlatform(CpuPlatform):
     """A CPU whose attention backend is the one the user names."""
 
     @classmethod
+    def import_kernels(cls) -> None:
+        super().import_kernels()
+        define_missing_ops()  # workers of their own see no check_and_update_config
+
+    @classmethod
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, *_: Any, **__: Any
     ) -> str:

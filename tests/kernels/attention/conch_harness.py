@@ -70,7 +70,8 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
         def wrapper(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            return poison(tensor) if "attention.ops.conch" in caller else tensor
+            is_conch = caller.startswith("vllm.") and "conch" in caller
+            return poison(tensor) if is_conch else tensor
 
         return wrapper
 

@@ -1124,6 +1124,7 @@ SUPPORTED = [
     {"use_non_causal": True},
     {"use_kv_connector": True},
     {"use_adaptive_verification": True},
+    {"use_dcp": True},
     {"has_sink": True},
     {"attn_type": AttentionType.DECODER},
     {"attn_type": AttentionType.ENCODER},
@@ -1151,7 +1152,6 @@ UNSUPPORTED = [
     ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),
     ({"use_batch_invariant": True}, "batch invariance not supported"),
     ({"use_pcp": True}, "PCP not supported"),
-    ({"use_dcp": True}, "DCP not supported"),
     ({"use_rswa": True}, "R-SWA not supported"),
     ({"attn_type": "prefix"}, "attention type prefix not supported"),
 ]
@@ -1241,19 +1241,18 @@ def test_layer_accepts_arguments_that_ask_for_nothing() -> None:
     Engine().make_impl("auto", sinks=None)
 
 
-@pytest.mark.parametrize("size", ["dcp_world_size", "pcp_world_size"])
-def test_layer_refuses_context_parallelism(
-    size: str, monkeypatch: pytest.MonkeyPatch
+def test_layer_refuses_prefill_context_parallelism(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     create = ConchAttentionImpl.__new__
 
     def create_on_two_ranks(cls: type, *args: Any, **kwargs: Any) -> Any:
         impl = create(cls, *args, **kwargs)
-        setattr(impl, size, 2)
+        impl.pcp_world_size = 2
         return impl
 
     monkeypatch.setattr(ConchAttentionImpl, "__new__", create_on_two_ranks)
-    with pytest.raises(ValueError, match=f"{size[:3].upper()}.* not supported"):
+    with pytest.raises(ValueError, match="PCP.* not supported"):
         Engine()
 
 

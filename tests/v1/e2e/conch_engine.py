@@ -84,6 +84,14 @@ def save(
     return model
 
 
+def attention_impls(worker: Any) -> list[str]:
+    """Of a worker's layers the implementations' names and how many share their keys."""
+    config = worker.vllm_config.compilation_config
+    layers = config.static_forward_context.values()
+    impls = [layer.impl for layer in layers if hasattr(layer, "impl")]
+    return [f"{type(impl).__name__} {impl.num_shares}" for impl in impls]
+
+
 @contextmanager
 def engine(
     folder: str,
@@ -95,11 +103,11 @@ def engine(
         folder,
         attention_config={"backend": "CONCH"},
         dtype="float32",
-        enforce_eager=True,
         disable_log_stats=False,
-        gpu_memory_utilization=0.3,
         seed=0,
         **{
+            "enforce_eager": True,
+            "gpu_memory_utilization": 0.3,
             "max_model_len": 128,
             "max_num_batched_tokens": 128,
             "max_num_seqs": 4,
@@ -110,11 +118,10 @@ def engine(
         | options,
     )
     try:
-        config = llm.llm_engine.vllm_config.compilation_config
-        layers = config.static_forward_context.values()
-        impls = [layer.impl for layer in layers if hasattr(layer, "impl")]
-        assert len(impls) == num_attention_layers
-        assert all(isinstance(impl, conch_attn.ConchAttentionImpl) for impl in impls)
+        num_shares = options.get("decode_context_parallel_size", 1)
+        name = conch_attn.ConchAttentionImpl.__name__
+        for impls in llm.collective_rpc(attention_impls):
+            assert impls == [f"{name} {num_shares}"] * num_attention_layers
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()  # a failed test keeps a reference

@@ -34,6 +34,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends import conch_dcp
 from vllm.v1.attention.backends.conch_base import (
     NEUTRAL_ARGUMENTS,
     PAGE_MULTIPLE,
@@ -48,10 +49,12 @@ from vllm.v1.attention.backends.conch_base import (
     attends_both_ways,
     bound_kv_cache,
     conch_impls,
+    host_seq_lens,
     key_value_views,
     max_decode_query_len,
     mm_prefix_ranges,
 )
+from vllm.v1.attention.backends.conch_pages import BatchPages, pages_of_batch
 
 MIN_HEAD_SIZE = 16
 MAX_HEAD_SIZE = 512
@@ -94,27 +97,6 @@ def keep_prepared(calls: dict[tuple, Any], kind: tuple, call: Any) -> None:
     if len(calls) >= MAX_PREPARED:
         calls.clear()
     calls[kind] = call
-
-
-def pages_of_batch(rows: torch.Tensor) -> torch.Tensor:
-    """K or V of a batch, seen as a paged cache that is not copied.
-
-    Pages overlap: page i holds the PAGE_MULTIPLE tokens from token i on, so that a
-    sequence that begins at any token begins with a page of its own.
-
-    Args:
-        rows: [num_tokens, num_kv_heads, head_size], any strides.
-
-    Returns:
-        [num_pages, PAGE_MULTIPLE, num_kv_heads, head_size]. Pages near the end are
-        not counted, as not all of their slots exist; kernels that read no slot past
-        a sequence's end find the others there.
-    """
-    # A tensor needs two pages for its stride from one to the next to count.
-    missing = PAGE_MULTIPLE + 1 - rows.shape[0]
-    if missing > 0:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, missing))
-    return rows.unfold(0, PAGE_MULTIPLE, 1).movedim(-1, 1)
 
 
 def unsupported(
@@ -277,39 +259,7 @@ class ConchAttentionMetadata:
     causal: bool | torch.Tensor  # a tensor: [num_reqs], a flag for each sequence
     mm_prefix_range: torch.Tensor | None  # [num_reqs, num_ranges, 2] seen both ways
     schedules: dict[ScheduleKey, VarlenSchedule]
-
-
-class EncoderPages:
-    """Lengths and block table with which a batch's own K and V are a paged cache.
-
-    Written anew for each batch into buffers that CUDA graphs can keep.
-    """
-
-    def __init__(self, max_num_seqs: int, max_len: int, device: torch.device) -> None:
-        self.first_tokens = torch.arange(
-            0, max_len, PAGE_MULTIPLE, dtype=torch.int32, device=device
-        )
-        self.seq_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
-        self.block_table = torch.zeros(
-            max_num_seqs, len(self.first_tokens), dtype=torch.int32, device=device
-        )
-
-    def update(
-        self, query_start_loc: torch.Tensor, max_query_len: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """seq_lens and block_table for `pages_of_batch`: all of a sequence is query."""
-        num_seqs = query_start_loc.shape[0] - 1
-        starts, ends = query_start_loc[:-1], query_start_loc[1:]
-        seq_lens = self.seq_lens[:num_seqs]
-        block_table = self.block_table[:num_seqs]
-        num_pages = -(-max_query_len // PAGE_MULTIPLE)
-        torch.sub(ends, starts, out=seq_lens)
-        torch.add(
-            starts[:, None],
-            self.first_tokens[:num_pages],
-            out=block_table[:, :num_pages],
-        )
-        return seq_lens, block_table
+    share: conch_dcp.Share | None = None  # where ranks share the keys
 
 
 class ConchAttentionMetadataBuilder(ConchBuilderBase):
@@ -331,7 +281,8 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.decode_query_len = max_decode_query_len(vllm_config)
         self.schedules: dict[ScheduleKey, VarlenSchedule] = {}
-        self.encoder_pages: EncoderPages | None = None
+        self.encoder_pages: BatchPages | None = None
+        self.shares: conch_dcp.Shares | None = None
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:
             for impl in conch_impls(layers[name]):
@@ -340,9 +291,13 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
                     schedule = impl.make_schedule(kv_cache_spec.block_size, device)
                     self.schedules[impl.schedule_key] = schedule
                     if impl.is_encoder and self.encoder_pages is None:
-                        self.encoder_pages = EncoderPages(
+                        self.encoder_pages = BatchPages(
                             schedule.max_num_seqs, schedule.max_num_tokens, device
                         )
+                    if impl.num_shares > 1:
+                        if self.shares is None:
+                            self.shares = conch_dcp.Shares(impl.peers(), schedule)
+                        self.shares.add(impl, device)
 
     @classmethod
     def get_cudagraph_support(
@@ -369,12 +324,19 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             )
         else:
             longest = block_table.shape[1] * self.kv_cache_spec.block_size
+            if self.shares is not None:
+                longest *= self.shares.peers.size
             if common.max_seq_len > longest:
                 # Only dummy batches claim more than block tables have entries for.
                 seq_lens.clamp_(max=longest)
+        max_query_len = self.launch_query_len(common)
+        share = None
+        if self.shares is not None:
+            is_empty = self.has_no_context(common)
+            share = self.shares.build(len(seq_lens), max_query_len, is_empty)
         metadata = ConchAttentionMetadata(
             num_actual_tokens=common.num_actual_tokens,
-            max_query_len=self.launch_query_len(common),
+            max_query_len=max_query_len,
             query_start_loc=common.query_start_loc,
             seq_lens=seq_lens,
             block_table=block_table,
@@ -382,6 +344,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             causal=common.causal,
             mm_prefix_range=mm_prefix_ranges(common),
             schedules=self.schedules,
+            share=share,
         )
         self.update_schedules(metadata)
         return metadata
@@ -402,16 +365,43 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         as many tokens. Other full graphs serve decodes, of up to decode_query_len
         tokens.
         """
-        mode = self.vllm_config.compilation_config.cudagraph_mode
-        if mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL:
+        if self.graphs_hold_any_batch():
             return common.num_actual_tokens
         return max(common.max_query_len, self.decode_query_len)
 
+    def graphs_hold_any_batch(self) -> bool:
+        """Whether CUDA graphs of mixed batches have the attention in them."""
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        return mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL
+
+    def has_no_context(self, common: CommonAttentionMetadata) -> bool:
+        """Whether the host knows of a batch that it is the beginning of sequences.
+
+        All ranks find the same. Never where a CUDA graph could keep it for others.
+        """
+        seq_lens = host_seq_lens(common)
+        is_decode = common.max_query_len <= self.decode_query_len
+        if seq_lens is None or is_decode or self.graphs_hold_any_batch():
+            return False
+        query_lens = common.query_start_loc_cpu.diff()
+        return bool((seq_lens[: len(query_lens)] <= query_lens).all())
+
     def update_schedules(self, metadata: ConchAttentionMetadata) -> None:
+        seq_lens, share = metadata.seq_lens, metadata.share
+        if share is not None:
+            share.update(
+                metadata.query_start_loc,
+                seq_lens,
+                metadata.max_query_len,
+                metadata.num_actual_tokens,
+            )
+            seq_lens = share.seq_lens
+            if share.is_empty:
+                return
         for key, schedule in self.schedules.items():
             schedule.update(
                 metadata.query_start_loc,
-                metadata.seq_lens,
+                seq_lens,
                 max_query_len=metadata.max_query_len,
                 num_tokens=metadata.num_actual_tokens,
                 mm_prefix_range=metadata.mm_prefix_range,
@@ -425,6 +415,11 @@ class ConchAttentionImpl(ConchImplBase):
     Raises:
         ValueError: with every reason, if CONCH cannot run the layer.
     """
+
+    can_return_lse_for_decode: bool = True
+    # New tokens are attended to apart from the shares of the context.
+    supports_mtp_with_cp_non_trivial_interleave_size: bool = True
+    num_shares: int = 1  # ranks that share the keys of the layer
 
     def __init__(
         self,
@@ -466,6 +461,8 @@ class ConchAttentionImpl(ConchImplBase):
                 dtype=torch.float32,
                 device=self.vllm_config.device_config.device,
             )
+        if not self.is_encoder:
+            self.num_shares = self.dcp_world_size
         self.supports_quant_query_input = self.prefers_fp8_queries()
         # K and V views of the bound cache, which would cost every call anew. The
         # engine gives up the cache that it profiles with, and so do these.
@@ -489,8 +486,8 @@ class ConchAttentionImpl(ConchImplBase):
             and not ConchAttentionBackend.supports_mm_prefix()
         ):
             reasons.append("partial multimodal token full attention not supported")
-        if self.dcp_world_size > 1:
-            reasons.append("decode context parallelism (DCP) not supported")
+        if self.num_shares > 1:
+            reasons += conch_dcp.unsupported(self)
         if self.pcp_world_size > 1:
             reasons.append("prefill context parallelism (PCP) not supported")
         for name, value in arguments.items():
@@ -514,6 +511,8 @@ class ConchAttentionImpl(ConchImplBase):
             return False
         if self.sinks is not None or self.alibi_slopes is not None:
             return False
+        if self.num_shares > 1:  # queries are gathered, and ranks may scale unlike
+            return False
         fp8 = self.fp8_dtype
         shape = Shape(
             self.num_heads, self.num_kv_heads, self.head_size, PAGE_MULTIPLE, fp8, fp8
@@ -533,7 +532,19 @@ class ConchAttentionImpl(ConchImplBase):
         self.schedule_key = self.schedule_key._replace(mm_prefix_in_window=in_window)
 
     def fused_output_quant_supported(self, quant_key: QuantKey) -> bool:
-        return quant_key == kFp8StaticTensorSym
+        # Shares are joined in the model's dtype.
+        return quant_key == kFp8StaticTensorSym and self.num_shares == 1
+
+    def peers(self) -> conch_dcp.Peers:
+        """The ranks that share the keys."""
+        return conch_dcp.Peers.from_config(
+            self.num_shares, self.dcp_rank, self.vllm_config
+        )
+
+    def reserve(self, query: torch.Tensor) -> None:
+        """Takes the memory of a step while vLLM measures how much there is."""
+        if self.num_shares > 1:
+            conch_dcp.reserve(query, self.num_shares)
 
     def key_value_caches(
         self, kv_cache: torch.Tensor
@@ -595,6 +606,11 @@ class ConchAttentionImpl(ConchImplBase):
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
     ) -> None:
+        if metadata.share is not None:
+            conch_dcp.attend(
+                self, layer, query, key, value, kv_cache, metadata, output
+            )
+            return
         schedule = metadata.schedules[self.schedule_key]
         if self.is_encoder:
             key_cache, value_cache = pages_of_batch(key), pages_of_batch(value)
@@ -646,8 +662,17 @@ class ConchAttentionImpl(ConchImplBase):
         if is_repeatable:
             keep_prepared(self.attentions, kind, prepared)
 
-    def make_schedule(self, block_size: int, device: torch.device) -> VarlenSchedule:
-        """A schedule for this layer and all that share its schedule_key."""
+    def make_schedule(
+        self, block_size: int, device: torch.device, of_batch: bool = False
+    ) -> VarlenSchedule:
+        """A schedule for this layer and all that share its schedule_key.
+
+        Args:
+            block_size: tokens of a page of the cache.
+            device: where it runs.
+            of_batch: for keys of the batch, and not of a cache that ranks share.
+        """
+        of_batch |= self.is_encoder
         scheduler_config = self.vllm_config.scheduler_config
         decode_query_len = max_decode_query_len(self.vllm_config)
         max_num_seqs = scheduler_config.max_num_seqs
@@ -657,17 +682,17 @@ class ConchAttentionImpl(ConchImplBase):
                 scheduler_config.max_num_batched_tokens,
                 max_num_seqs * decode_query_len,
             ),
-            num_query_heads=self.num_heads,
+            num_query_heads=self.num_heads * (1 if of_batch else self.num_shares),
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
-            block_size=PAGE_MULTIPLE if self.is_encoder else block_size,
+            block_size=PAGE_MULTIPLE if of_batch else block_size,
             query_dtype=self.query_dtype,
             kv_dtype=self.dtype if self.fp8_dtype is None else self.fp8_dtype,
             device=device,
             sliding_window=self.sliding_window,
             decode_query_len=decode_query_len,
             # TMA would read all slots of pages that end behind the batch.
-            portable=self.is_encoder,
+            portable=of_batch,
         )
 
     def warm_up(self, layer: AttentionLayer) -> None:
@@ -690,7 +715,13 @@ class ConchAttentionImpl(ConchImplBase):
             kv_cache = bound_kv_cache(layer)
             block_size = self.key_value_caches(kv_cache)[0].shape[1]
         schedule = self.make_schedule(block_size, self.device(layer))
+        shares = None
+        if self.num_shares > 1:
+            peers = conch_dcp.Echo(**vars(self.peers()))
+            shares = conch_dcp.Shares(peers, schedule)
+            shares.add(self, schedule.device)
         quantizes = self.vllm_config.compilation_config.pass_config.fuse_attn_quant
+        quantizes &= self.num_shares == 1
         for query_len, causal, packed, quantized in product(
             self.warm_up_query_lens(schedule.device),
             self.causal_modes(schedule.device),
@@ -699,7 +730,7 @@ class ConchAttentionImpl(ConchImplBase):
         ):
             if query_len <= schedule.max_num_tokens:
                 self.run_dummy_batch(
-                    layer, schedule, query_len, causal, packed, quantized
+                    layer, schedule, shares, query_len, causal, packed, quantized
                 )
 
     def causal_modes(self, device: torch.device) -> tuple[bool | torch.Tensor, ...]:
@@ -723,6 +754,7 @@ class ConchAttentionImpl(ConchImplBase):
         self,
         layer: AttentionLayer,
         schedule: VarlenSchedule,
+        shares: conch_dcp.Shares | None,
         query_len: int,
         causal: bool | torch.Tensor,
         packed: bool,
@@ -733,6 +765,7 @@ class ConchAttentionImpl(ConchImplBase):
         Args:
             layer: the layer of this implementation.
             schedule: made for the layer.
+            shares: likewise, if ranks share its keys.
             query_len: the sequence's length.
             causal: whether attention is causal, or a tensor that says it.
             packed: whether query, key and value are slices of one tensor, as many
@@ -772,9 +805,14 @@ class ConchAttentionImpl(ConchImplBase):
             mm_prefix_range=None,
             schedules={self.schedule_key: schedule},
         )
+        seq_lens = metadata.seq_lens
+        if shares is not None:
+            share = metadata.share = shares.build(1, query_len, is_empty=False)
+            share.update(metadata.query_start_loc, seq_lens, query_len, query_len)
+            seq_lens = share.seq_lens
         schedule.update(
             metadata.query_start_loc,
-            metadata.seq_lens,
+            seq_lens,
             max_query_len=query_len,
             num_tokens=query_len,
             mm_prefix_in_window=self.schedule_key.mm_prefix_in_window,

@@ -44,6 +44,8 @@ __all__ = [
     "attends_both_ways",
     "bound_kv_cache",
     "conch_impls",
+    "exchanges_all_to_all",
+    "host_seq_lens",
     "key_value_views",
     "max_decode_query_len",
     "mm_prefix_ranges",
@@ -100,6 +102,16 @@ def attends_both_ways(vllm_config: VllmConfig) -> bool:
 def mm_prefix_ranges(common: CommonAttentionMetadata) -> torch.Tensor | None:
     """None: here models with such ranges are refused."""
     return None
+
+
+def host_seq_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
+    """[num_reqs] bounds of seq_lens that the host has without waiting, if any."""
+    return common._seq_lens_cpu
+
+
+def exchanges_all_to_all(vllm_config: VllmConfig) -> bool:
+    """Whether DCP ranks send each other results: here they always add them up."""
+    return False
 
 
 class ConchBackendBase(AttentionBackend):
@@ -195,6 +207,10 @@ class ConchImplBase(AttentionImpl):
         """Writes the new tokens' attention to the cache, in encoders to the batch."""
 
     @abstractmethod
+    def reserve(self, query: torch.Tensor) -> None:
+        """Takes the memory of a step while vLLM measures how much there is."""
+
+    @abstractmethod
     def warm_up(self, layer: AttentionLayer) -> None:
         """Launches every kernel that the layer can launch, which compiles it."""
 
@@ -222,6 +238,7 @@ class ConchImplBase(AttentionImpl):
                     self.warm_up(layer)
                 self.warm_up(layer)
                 self.is_warm = True
+            self.reserve(query)
             return output.fill_(0)
         if output_block_scale is not None:
             raise ValueError(

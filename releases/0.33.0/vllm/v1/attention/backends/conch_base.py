@@ -46,6 +46,8 @@ __all__ = [
     "attends_both_ways",
     "bound_kv_cache",
     "conch_impls",
+    "exchanges_all_to_all",
+    "host_seq_lens",
     "key_value_views",
     "max_decode_query_len",
     "mm_prefix_ranges",
@@ -87,6 +89,16 @@ def mm_prefix_ranges(common: CommonAttentionMetadata) -> torch.Tensor | None:
     return compute_mm_prefix_range_tensor(
         common.mm_req_doc_ranges, common.num_reqs, common.seq_lens.device
     )
+
+
+def host_seq_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
+    """[num_reqs] bounds of seq_lens that the host has without waiting, if any."""
+    return common.seq_lens_cpu_upper_bound
+
+
+def exchanges_all_to_all(vllm_config: VllmConfig) -> bool:
+    """Whether DCP ranks send each other results, instead of adding them up."""
+    return vllm_config.parallel_config.dcp_comm_backend == "a2a"
 
 
 class ConchBackendBase(AttentionBackend):
@@ -159,6 +171,8 @@ class ConchBuilderBase(AttentionMetadataBuilder):
 class ConchImplBase(AttentionImpl):
     """Connects vLLM's two calls per layer to write_kv_cache() and attend()."""
 
+    supports_dcp: bool = True
+
     def __init__(self) -> None:
         warm_up_kernel.register_warmup()
 
@@ -188,6 +202,10 @@ class ConchImplBase(AttentionImpl):
         """Writes the new tokens' attention to the cache, in encoders to the batch."""
 
     @abstractmethod
+    def reserve(self, query: torch.Tensor) -> None:
+        """Takes the memory of a step while vLLM measures how much there is."""
+
+    @abstractmethod
     def warm_up(self, layer: AttentionLayer) -> None:
         """Launches every kernel that the layer can launch, which compiles it."""
 
@@ -214,6 +232,7 @@ class ConchImplBase(AttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if attn_metadata is None:  # profiling: there is no KV cache yet
+            self.reserve(query)
             return output.fill_(0)
         if output_block_scale is not None:
             raise ValueError(
