@@ -195,7 +195,8 @@ class BoundLaunch:
         addresses = [None if t is None else t.data_ptr() for t in tensors]
         bits = self.bits
         for address in addresses:
-            bits |= address or 0
+            if address is not None:
+                bits |= address
         alignment = None  # all aligned
         if bits % POINTER_ALIGNMENT:
             every = addresses + self.addresses
@@ -207,17 +208,23 @@ class BoundLaunch:
         elif compiled is None:
             every_argument = varying + tensors + self.tensors
             launch.variants[variant] = launch.launch(programs, every_argument)
-        else:
+        elif is_profiled():
             stream = driver.get_current_stream(device)
-            run(compiled, programs, stream, (*varying, *addresses, *self.tail))
+            compiled[programs](*varying, *addresses, *self.tail, stream=stream)
+        else:
+            compiled.run(
+                *programs,
+                driver.get_current_stream(device),
+                compiled.function,
+                compiled.packed_metadata,
+                *(None, None, None),  # what profilers hook in
+                *varying,
+                *addresses,
+                *self.tail,
+            )
 
 
-def run(compiled, grid: tuple[int, int, int], stream: int, arguments: tuple) -> None:
-    """Launches a compiled variant; Triton's own way where a profiler hooks into it."""
+def is_profiled() -> bool:
+    """Whether a profiler wants to see launches, which Triton's own way takes care of."""
     hooks = triton.knobs.runtime
-    for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook):
-        if getattr(hook, "calls", hook):
-            compiled[grid](*arguments, stream=stream)
-            return
-    kernel, metadata = compiled.function, compiled.packed_metadata
-    compiled.run(*grid, stream, kernel, metadata, None, None, None, *arguments)
+    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
