@@ -103,7 +103,9 @@ class Ranks:
                     self.barrier.abort()
                     errors.append(error)
 
-        threads = [threading.Thread(target=on_rank, args=(r,)) for r in range(self.size)]
+        threads = [
+            threading.Thread(target=on_rank, args=(r,)) for r in range(self.size)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -404,9 +406,7 @@ class Group:
                 metadata = metadata_of(this, metadata)
             own = slice(rank * NUM_HEADS, (rank + 1) * NUM_HEADS)
             query = batch.query[:, own]
-            output = torch.full(
-                query.shape, SENTINEL, dtype=self.dtype, device=DEVICE
-            )
+            output = torch.full(query.shape, SENTINEL, dtype=self.dtype, device=DEVICE)
             run_layer(this.layer, query, batch.key, batch.value, metadata, output)
             outputs[rank], built[rank] = output, metadata
 

@@ -580,9 +580,7 @@ class ConchAttentionImpl(ConchImplBase):
         output_scale: torch.Tensor | None = None,
     ) -> None:
         if metadata.share is not None:
-            conch_dcp.attend(
-                self, layer, query, key, value, kv_cache, metadata, output
-            )
+            conch_dcp.attend(self, layer, query, key, value, kv_cache, metadata, output)
             return
         if self.is_encoder:
             key_cache, value_cache = pages_of_batch(key), pages_of_batch(value)

@@ -99,9 +99,7 @@ def pack(result: torch.Tensor, lse: torch.Tensor, num_ranks: int) -> torch.Tenso
     return packed
 
 
-def unpack(
-    packed: torch.Tensor, head_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack(packed: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of the results and of the LSE in what all ranks have sent."""
     words = torch.float32.itemsize // packed.itemsize
     lses = packed[..., -words:].view(torch.float32)[..., 0]
@@ -191,9 +189,7 @@ class Shares:
         self.seq_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         pages = BatchPages(max_num_seqs, max_num_tokens, device)
         slots = torch.arange(max_num_tokens, device=device)
-        self.new_tokens = NewTokens(
-            pages, pages.seq_lens, pages.block_table, {}, slots
-        )
+        self.new_tokens = NewTokens(pages, pages.seq_lens, pages.block_table, {}, slots)
         self.has_sinks = False
 
     def add(self, impl: Any, device: torch.device) -> None:
