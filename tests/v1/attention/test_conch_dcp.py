@@ -613,6 +613,15 @@ def test_refused_layers(options: dict[str, Any], reason: str) -> None:
         Group(options=options)
 
 
+def test_refused_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conch_dcp, "is_batch_invariant", lambda: True)
+    with pytest.raises(ValueError, match=r"\(DCP\) .* batch invariance"):
+        Group()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"\(DCP\) .* kv_cache_dtype int8"):
+        Group(kv_cache_dtype="int8")
+
+
 def test_new_keys_are_needed() -> None:
     rank = Group().ranks[0]
     batch = Batch(Group(), [(5, 0)])

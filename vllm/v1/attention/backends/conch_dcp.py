@@ -33,6 +33,7 @@ from vllm.v1.attention.backends.conch_base import (
     AttentionLayer,
     AttentionType,
     exchanges_all_to_all,
+    is_batch_invariant,
 )
 from vllm.v1.attention.backends.conch_pages import BatchPages, pages_of_batch
 
@@ -227,6 +228,7 @@ def unsupported(impl: Any) -> list[str]:
             impl.kv_sharing_target_layer_name
         ),
         f"{impl.num_kv_heads} KV heads on a rank, only with one": impl.num_kv_heads > 1,
+        "batch invariance, as new tokens are summed apart": is_batch_invariant(),
         "cross-attention": impl.attn_type == AttentionType.ENCODER_DECODER,
         f"kv_cache_dtype {impl.kv_cache_dtype}": impl.kv_cache_dtype
         not in CACHE_DTYPES,
