@@ -28,6 +28,7 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     HALF_DTYPES,
     ON_GPU,
     assert_close,
+    gpu_only,
     poisoned_scratch,
 )
 from tests.kernels.attention.conch_reference import (
@@ -651,6 +652,30 @@ def test_warm_up_launches_what_steps_do(
     rank.impl.run_dummy_batches(rank.layer)
     both, own = 2 * NUM_HEADS, NUM_HEADS
     assert set(calls) == {(both, False, False), (both, False, True), (own, True, True)}
+
+
+@gpu_only
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("all_to_all", [False, True])
+def test_nothing_compiles_after_warm_up(
+    all_to_all: bool, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton import knobs
+
+    group = Group(dtype=torch.bfloat16, kv_cache_dtype=kv_cache_dtype)
+    for rank in group.ranks:
+        rank.builder.shares.peers.all_to_all = all_to_all
+        monkeypatch.setattr(conch_dcp, "exchanges_all_to_all", lambda _: all_to_all)
+        rank.impl.warm_up(rank.layer)
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        knobs.runtime,
+        "jit_post_compile_hook",
+        lambda **event: compiled.append(event["fn"].name),
+    )
+    for batch in BATCHES.values():
+        group.step(batch, roundings=3)
+    assert not compiled
 
 
 def test_memory_of_a_step_is_reserved() -> None:
