@@ -28,6 +28,7 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     HALF_DTYPES,
     ON_GPU,
     assert_close,
+    gpu_only,
     poisoned_scratch,
 )
 from tests.kernels.attention.conch_reference import (
@@ -103,7 +104,9 @@ class Ranks:
                     self.barrier.abort()
                     errors.append(error)
 
-        threads = [threading.Thread(target=on_rank, args=(r,)) for r in range(self.size)]
+        threads = [
+            threading.Thread(target=on_rank, args=(r,)) for r in range(self.size)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -404,9 +407,7 @@ class Group:
                 metadata = metadata_of(this, metadata)
             own = slice(rank * NUM_HEADS, (rank + 1) * NUM_HEADS)
             query = batch.query[:, own]
-            output = torch.full(
-                query.shape, SENTINEL, dtype=self.dtype, device=DEVICE
-            )
+            output = torch.full(query.shape, SENTINEL, dtype=self.dtype, device=DEVICE)
             run_layer(this.layer, query, batch.key, batch.value, metadata, output)
             outputs[rank], built[rank] = output, metadata
 
@@ -613,6 +614,15 @@ def test_refused_layers(options: dict[str, Any], reason: str) -> None:
         Group(options=options)
 
 
+def test_refused_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conch_dcp, "is_batch_invariant", lambda: True)
+    with pytest.raises(ValueError, match=r"\(DCP\) .* batch invariance"):
+        Group()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"\(DCP\) .* kv_cache_dtype int8"):
+        Group(kv_cache_dtype="int8")
+
+
 def test_new_keys_are_needed() -> None:
     rank = Group().ranks[0]
     batch = Batch(Group(), [(5, 0)])
@@ -642,6 +652,30 @@ def test_warm_up_launches_what_steps_do(
     rank.impl.run_dummy_batches(rank.layer)
     both, own = 2 * NUM_HEADS, NUM_HEADS
     assert set(calls) == {(both, False, False), (both, False, True), (own, True, True)}
+
+
+@gpu_only
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("all_to_all", [False, True])
+def test_nothing_compiles_after_warm_up(
+    all_to_all: bool, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton import knobs
+
+    group = Group(dtype=torch.bfloat16, kv_cache_dtype=kv_cache_dtype)
+    for rank in group.ranks:
+        rank.builder.shares.peers.all_to_all = all_to_all
+        monkeypatch.setattr(conch_dcp, "exchanges_all_to_all", lambda _: all_to_all)
+        rank.impl.warm_up(rank.layer)
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        knobs.runtime,
+        "jit_post_compile_hook",
+        lambda **event: compiled.append(event["fn"].name),
+    )
+    for batch in BATCHES.values():
+        group.step(batch, roundings=3)
+    assert not compiled
 
 
 def test_memory_of_a_step_is_reserved() -> None:

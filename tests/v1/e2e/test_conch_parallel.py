@@ -3,7 +3,7 @@
 """Two workers generate with CONCH what one does, token by token.
 
 Workers are processes that vLLM starts. On a machine without GPUs they speak through
-gloo and interpret the kernels; with GPUs each has one, so that two are needed:
+gloo and interpret the kernels; with GPUs each has one, so that two are needed.
 
     pytest tests/v1/e2e/test_conch_parallel.py
 """

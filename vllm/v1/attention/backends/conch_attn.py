@@ -607,9 +607,7 @@ class ConchAttentionImpl(ConchImplBase):
         output_scale: torch.Tensor | None = None,
     ) -> None:
         if metadata.share is not None:
-            conch_dcp.attend(
-                self, layer, query, key, value, kv_cache, metadata, output
-            )
+            conch_dcp.attend(self, layer, query, key, value, kv_cache, metadata, output)
             return
         schedule = metadata.schedules[self.schedule_key]
         if self.is_encoder:
@@ -774,8 +772,9 @@ class ConchAttentionImpl(ConchImplBase):
             quantized: whether the output is quantised to fp8.
         """
         device = schedule.device
-        # An encoder with fewer tokens copies them, see `pages_of_batch`.
-        num_tokens = max(query_len, 2 * PAGE_MULTIPLE if self.is_encoder else 0)
+        # Fewer tokens that are read as pages are copied, see `pages_of_batch`.
+        reads_batch = self.is_encoder or shares is not None
+        num_tokens = max(query_len, 2 * PAGE_MULTIPLE if reads_batch else 0)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         if packed:
             packed_rows = torch.zeros(

@@ -33,6 +33,7 @@ from vllm.v1.attention.backends.conch_base import (
     AttentionLayer,
     AttentionType,
     exchanges_all_to_all,
+    is_batch_invariant,
 )
 from vllm.v1.attention.backends.conch_pages import BatchPages, pages_of_batch
 
@@ -99,9 +100,7 @@ def pack(result: torch.Tensor, lse: torch.Tensor, num_ranks: int) -> torch.Tenso
     return packed
 
 
-def unpack(
-    packed: torch.Tensor, head_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack(packed: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of the results and of the LSE in what all ranks have sent."""
     words = torch.float32.itemsize // packed.itemsize
     lses = packed[..., -words:].view(torch.float32)[..., 0]
@@ -191,9 +190,7 @@ class Shares:
         self.seq_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         pages = BatchPages(max_num_seqs, max_num_tokens, device)
         slots = torch.arange(max_num_tokens, device=device)
-        self.new_tokens = NewTokens(
-            pages, pages.seq_lens, pages.block_table, {}, slots
-        )
+        self.new_tokens = NewTokens(pages, pages.seq_lens, pages.block_table, {}, slots)
         self.has_sinks = False
 
     def add(self, impl: Any, device: torch.device) -> None:
@@ -231,6 +228,7 @@ def unsupported(impl: Any) -> list[str]:
             impl.kv_sharing_target_layer_name
         ),
         f"{impl.num_kv_heads} KV heads on a rank, only with one": impl.num_kv_heads > 1,
+        "batch invariance, as new tokens are summed apart": is_batch_invariant(),
         "cross-attention": impl.attn_type == AttentionType.ENCODER_DECODER,
         f"kv_cache_dtype {impl.kv_cache_dtype}": impl.kv_cache_dtype
         not in CACHE_DTYPES,

@@ -22,6 +22,7 @@ from vllm.attention.backends.abstract import (
 )
 from vllm.attention.ops.conch.launch import compile_together
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.batch_invariant import vllm_is_batch_invariant
 from vllm.v1.attention.backends.utils import (
     AttentionCGSupport,
     AttentionMetadataBuilder,
@@ -46,6 +47,7 @@ __all__ = [
     "conch_impls",
     "exchanges_all_to_all",
     "host_seq_lens",
+    "is_batch_invariant",
     "key_value_views",
     "max_decode_query_len",
     "mm_prefix_ranges",
@@ -97,6 +99,11 @@ def max_decode_query_len(vllm_config: VllmConfig) -> int:
 def attends_both_ways(vllm_config: VllmConfig) -> bool:
     """Whether the model's decoder layers may be asked for non-causal attention."""
     return False
+
+
+def is_batch_invariant() -> bool:
+    """Whether results must not depend on the batch (VLLM_BATCH_INVARIANT=1)."""
+    return vllm_is_batch_invariant()
 
 
 def mm_prefix_ranges(common: CommonAttentionMetadata) -> torch.Tensor | None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm import envs
+import vllm.envs as envs
 from vllm.config import VllmConfig
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
 from vllm.v1.attention.backend import (
@@ -48,6 +48,7 @@ __all__ = [
     "conch_impls",
     "exchanges_all_to_all",
     "host_seq_lens",
+    "is_batch_invariant",
     "key_value_views",
     "max_decode_query_len",
     "mm_prefix_ranges",
@@ -82,6 +83,11 @@ def bound_kv_cache(layer: AttentionLayer) -> torch.Tensor:
 def attends_both_ways(vllm_config: VllmConfig) -> bool:
     """Whether the model's decoder layers may be asked for non-causal attention."""
     return vllm_config.attention_config.use_non_causal
+
+
+def is_batch_invariant() -> bool:
+    """Whether results must not depend on the batch (VLLM_BATCH_INVARIANT=1)."""
+    return envs.VLLM_BATCH_INVARIANT
 
 
 def mm_prefix_ranges(common: CommonAttentionMetadata) -> torch.Tensor | None:
