@@ -868,6 +868,7 @@ def test_warm_up_leaves_the_cache_alone(kv_cache_dtype: str) -> None:
     layer.impl.run_dummy_batches(layer)
     for cache, old in zip(layer.caches, before):
         assert torch.equal(cache.contiguous().view(torch.uint8), old)
+    assert not layer.impl.attentions  # nor is the schedule kept
 
 
 @gpu_only

@@ -225,6 +225,6 @@ class BoundLaunch:
 
 
 def is_profiled() -> bool:
-    """Whether a profiler wants to see launches, which Triton's own way takes care of."""
+    """Whether a profiler wants to see launches: Triton's own way shows them."""
     hooks = triton.knobs.runtime
     return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)

@@ -730,6 +730,7 @@ class ConchAttentionImpl(ConchImplBase):
                 self.run_dummy_batch(
                     layer, schedule, shares, query_len, causal, packed, quantized
                 )
+        self.attentions.clear()  # they would keep the schedule, which has megabytes
 
     def causal_modes(self, device: torch.device) -> tuple[bool | torch.Tensor, ...]:
         """What a batch of one sequence may have as `causal`."""
