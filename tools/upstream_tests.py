@@ -18,8 +18,8 @@ runs them. upstream.toml holds
     [[files]]           a test file that runs: path
         edits           as in release.toml; device = "cpu" or "gpu": only there
         unchanged       true: it runs as it is, whether or not it reaches CONCH
-        [conch]         tests that reach CONCH, and a pattern of the cases that a CPU
-                        runs; "": none
+        conch           tests that reach CONCH; true, or a pattern of cases: a CPU runs
+                        all or these; false: only a GPU does
         [[left_out]]    patterns of test and case that do not run, with the reason
     [[left_out]]        files that do not run, with the reason
 

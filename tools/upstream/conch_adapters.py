@@ -6,6 +6,8 @@ Goes into the folder that tools/upstream_tests.py makes. An argument that CONCH 
 use for is dropped; one that it would have to obey and cannot is an error.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -228,25 +230,8 @@ def reshape_and_cache_flash(
     kv_cache_dtype: str,
     k_scale: torch.Tensor,
     v_scale: torch.Tensor,
-    layout: str,
 ) -> None:
-    """vLLM's write to the cache.
-
-    Args:
-        key: [num_tokens, num_kv_heads, head_size].
-        value: as key.
-        key_cache: [num_blocks, block_size, num_kv_heads, head_size], in the layout HND
-            with the middle two the other way round.
-        value_cache: as key_cache.
-        slot_mapping: [num_tokens].
-        kv_cache_dtype: "auto" or "fp8".
-        k_scale: one element.
-        v_scale: one element.
-        layout: NHD or HND.
-
-    """
-    if layout == "HND":
-        key_cache, value_cache = key_cache.transpose(1, 2), value_cache.transpose(1, 2)
+    """vLLM's write to the cache."""
     if kv_cache_dtype != "auto":
         dtype = current_platform.fp8_dtype()
         key_cache, value_cache = key_cache.view(dtype), value_cache.view(dtype)
@@ -282,18 +267,26 @@ class QuantOps:
         return output, used if scale is None else scale
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Makes it the default, as it is while vLLM builds a model of this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
 def register_layer(
     vllm_config: Any, layer_names: list[str], dtype: torch.dtype, **options: Any
 ) -> None:
     """Makes the layers that a metadata builder is for, as loading a model does.
 
     Upstream's tests make builders for layers that there are not; CONCH's looks at
-    them. The default dtype is the model's from here on, as while a model is loaded.
+    them.
     """
-    torch.set_default_dtype(dtype)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     head_size = options.pop("head_size", model.get_head_size())
-    with set_current_vllm_config(vllm_config):
+    with set_current_vllm_config(vllm_config), default_dtype(dtype):
         impl = ConchAttentionImpl(
             num_heads=model.get_num_attention_heads(parallel),
             head_size=head_size,
