@@ -1,4 +1,4 @@
-"""The project's tasks: nox -s demo | tests | lint. `nox -l` lists them.
+"""The project's tasks: nox -s demo | tests | upstream | lint. `nox -l` lists them.
 
 Each task has an environment of its own under .nox, kept for the next run; `nox
 --reuse-venv=no` makes it anew. vLLM is installed again when the patch set has changed.
@@ -79,6 +79,8 @@ def sources_digest(*parts: str) -> str:
         paths += sorted((HERE / folder).rglob("*"))
     paths += sorted((HERE / "interpreter" / "vllm_interpreter").rglob("*"))
     for path in paths:
+        if path.name == "upstream.toml":  # says which tests run, nothing is built of it
+            continue
         if path.is_file() and "__pycache__" not in path.parts:
             digest.update(str(path.relative_to(HERE)).encode())
             digest.update(path.read_bytes())
@@ -155,6 +157,25 @@ def copy_tests(tree: Path, release: str, destination: Path) -> None:
     (destination / "pytest.ini").write_text("[pytest]\n")
 
 
+def run_upstream(session: nox.Session, tree: Path, release: str) -> None:
+    """Upstream's own tests, with CONCH among what they test."""
+    for name in ("tool", "test", "upstream"):
+        session.install("-r", f"requirements/{name}.txt")
+    device = "gpu" if has_nvidia_gpu() else "cpu"
+    folder = Path(session.create_tmp()).resolve() / "upstream"
+    script = str(HERE / "tools" / "upstream_tests.py")
+    session.run("python", script, release, str(tree), str(folder), "--device", device)
+    session.chdir(folder)
+    pytest = ["python", "-m", "pytest", "-ra", "--durations=10", "-c", "pytest.ini"]
+    environment = {"HF_HUB_OFFLINE": "1"}  # the folder has all that a test asks for
+    if device == "cpu":
+        pytest += ["-n", str(min(os.cpu_count() or 1, 8))]
+        environment = INTERPRETER
+    if not any(argument.startswith("tests/") for argument in session.posargs):
+        pytest += Path("tests.txt").read_text().split()
+    session.run(*pytest, *session.posargs, env=environment)
+
+
 def release_pythons(session: nox.Session) -> dict[str, str]:
     """Where the tool's tests find the Pythons that have a release's dependencies."""
     pythons = {}
@@ -198,6 +219,13 @@ def tests(session: nox.Session, subject: str) -> None:
     # docs/features.md says what the class of this release answers.
     table = str(HERE / "tools" / "feature_table.py")
     session.run("python", table, "--check", env=environment)
+
+
+@nox.session
+@nox.parametrize("release", RELEASES, ids=RELEASES)
+def upstream(session: nox.Session, release: str) -> None:
+    """vLLM's own tests of a release, with CONCH among what they test."""
+    run_upstream(session, install_vllm(session, release), release)
 
 
 @nox.session
