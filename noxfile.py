@@ -224,7 +224,7 @@ def tests(session: nox.Session, subject: str) -> None:
 @nox.session
 @nox.parametrize("release", RELEASES, ids=RELEASES)
 def upstream(session: nox.Session, release: str) -> None:
-    """vLLM's own tests of a release, with CONCH among what they test."""
+    """The release's own tests, with CONCH among what they test."""
     run_upstream(session, install_vllm(session, release), release)
 
 

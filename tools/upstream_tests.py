@@ -55,9 +55,7 @@ def load(release: Release) -> dict[str, Any]:
 def watched_files(tree: Path, data: dict[str, Any]) -> set[str]:
     """Upstream's test files that are about attention."""
     mentions = re.compile(data["mentions"])
-    found = {
-        path for pattern in data["watched"] for path in tree.glob(pattern)
-    } | {
+    found = {path for pattern in data["watched"] for path in tree.glob(pattern)} | {
         path
         for path in tree.glob("tests/**/test_*.py")
         if mentions.search(path.read_text())

@@ -105,7 +105,8 @@ def test_every_edit_and_every_file_left_out_has_its_reason(release):
 
 
 STUBS = {
-    "torch/__init__.py": "float32 = 0\nset_default_device = set_default_dtype = print\n",
+    "torch/__init__.py": "float32 = 0\n"
+    "set_default_device = set_default_dtype = print\n",
     "torch/overrides.py": "class TorchFunctionMode:\n"
     "    __enter__ = __exit__ = lambda *_: None\n",
     "vllm/attention/ops/conch/launch.py": "class Launch:\n"

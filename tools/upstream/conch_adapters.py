@@ -45,9 +45,9 @@ def one_scale(scale: torch.Tensor | float | None) -> torch.Tensor | None:
     if not isinstance(scale, torch.Tensor):
         assert scale is None or scale == 1, scale
         return None
-    scale = scale.reshape(-1)
-    assert (scale == scale[0]).all(), "CONCH has one scale for a tensor"
-    return scale[:1]
+    scales = scale.reshape(-1)
+    assert (scales == scales[0]).all(), "CONCH has one scale for a tensor"
+    return scales[:1]
 
 
 def window_of(window_size: tuple[int, int]) -> int | None:
@@ -79,7 +79,7 @@ def unified_attention(
     output_scale: torch.Tensor | None = None,
     **others: Any,
 ) -> None:
-    """vLLM's Triton attention over pages."""
+    """Attention over pages, as vLLM's Triton kernel."""
     unknown = others.keys() - TUNING
     assert not unknown, f"arguments that CONCH would have to obey: {unknown}"
     varlen_attention(
@@ -156,7 +156,7 @@ def context_attention_fwd(
     sliding_window_q: int | None = None,
     sliding_window_k: int | None = None,
 ) -> None:
-    """vLLM's Triton attention without a cache."""
+    """Attention without a cache, as vLLM's Triton kernel."""
     assert sliding_window_q == sliding_window_k, "CONCH's window is symmetric"
     ends = (b_start_loc[-1:] + b_seq_len[-1:]).to(torch.int32)
     attend_batch(
@@ -185,15 +185,14 @@ def mm_prefix_attention(
     """Attention with ranges seen both ways; K and V of each sequence one by one."""
     page, device = 16, q.device
     num_pages = [-(-length // page) for length in seq_lens]
-    caches = [
-        torch.cat(
-            [
-                torch.nn.functional.pad(part, (0, 0, 0, 0, 0, -len(part) % page))
-                for part in tensor.split(seq_lens)
-            ]
-        ).unflatten(0, (-1, page))
-        for tensor in (k, v)
-    ]
+
+    def in_pages(rows: torch.Tensor) -> torch.Tensor:
+        parts = [
+            torch.nn.functional.pad(part, (0, 0, 0, 0, 0, -len(part) % page))
+            for part in rows.split(seq_lens)
+        ]
+        return torch.cat(parts).unflatten(0, (-1, page))
+
     block_table = torch.zeros(len(seq_lens), max(num_pages), dtype=torch.int32)
     first = 0
     for row, count in enumerate(num_pages):
@@ -207,7 +206,8 @@ def mm_prefix_attention(
     out = torch.empty_like(q)
     varlen_attention(
         q,
-        *caches,
+        in_pages(k),
+        in_pages(v),
         out,
         starts.to(device, torch.int32),
         torch.tensor(seq_lens, dtype=torch.int32, device=device),
@@ -231,7 +231,7 @@ def reshape_and_cache_flash(
     k_scale: torch.Tensor,
     v_scale: torch.Tensor,
 ) -> None:
-    """vLLM's write to the cache."""
+    """The write to the cache, as vLLM's op."""
     if kv_cache_dtype != "auto":
         dtype = current_platform.fp8_dtype()
         key_cache, value_cache = key_cache.view(dtype), value_cache.view(dtype)
@@ -258,7 +258,7 @@ class QuantOps:
         use_per_token_if_dynamic: bool = False,
         group_shape: tuple[int, int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """vLLM's quantisation to fp8."""
+        """Quantisation to fp8, as vLLM's op."""
         assert group_shape in (None, (-1, -1)), "CONCH has no scales per group"
         given = None if scale is None else scale.reshape(-1)
         output, used = scaled_fp8_quant(

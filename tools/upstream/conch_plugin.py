@@ -117,7 +117,8 @@ def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
     choices: dict[str, Choice] = {}
-    kept, dropped = [], []
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
     for item in items:
         path = test_of(item.nodeid)[0]
         choice = choices.setdefault(path, Choice(path))
