@@ -143,8 +143,6 @@ def prepare(version: str, tree: Path, folder: Path, device: str) -> None:
     parts = {path.name: path.read_text() for path in PARTS.glob("*.py")}
     texts |= Relocation(release.relocate, release.imports).texts(parts)
     for model, config in data["models"].items():
-        if device == "cpu" and config.get("torch_dtype") == "bfloat16":
-            config["torch_dtype"] = "float16"  # the interpreter's bfloat16 is unsound
         texts[f"{model}/config.json"] = json.dumps(config)
     selection = {
         file["path"]: {

@@ -111,9 +111,9 @@ STUBS = {
     "    __enter__ = __exit__ = lambda *_: None\n",
     "vllm/attention/ops/conch/launch.py": "class Launch:\n"
     "    def __call__(self): ...\n",
-    "vllm/v1/attention/backends/conch_attn.py": "class ConchAttentionBackend:\n"
-    "    get_name = get_builder_cls = staticmethod(lambda: None)\n"
-    "    validate_configuration = classmethod(lambda cls: None)\n"
+    "vllm/v1/attention/backends/conch_attn.py": "class ConchBackendBase: ...\n"
+    "class ConchAttentionBackend:\n"
+    "    get_name = staticmethod(lambda: 'CONCH')\n"
     "class ConchAttentionMetadataBuilder:\n"
     "    def build(self): ...\n",
     "test_a.py": "import pytest\n"

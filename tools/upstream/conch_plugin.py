@@ -44,9 +44,11 @@ def pytest_sessionstart() -> None:
     from vllm.v1.attention.backends import conch_attn
 
     count_calls(Launch, "__call__")
-    for name in ("get_name", "get_builder_cls", "validate_configuration"):
-        count_calls(conch_attn.ConchAttentionBackend, name)
     count_calls(conch_attn.ConchAttentionMetadataBuilder, "build")
+    for owner in (conch_attn.ConchAttentionBackend, conch_attn.ConchBackendBase):
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, classmethod | staticmethod):
+                count_calls(owner, name)
 
 
 def test_of(nodeid: str) -> tuple[str, str, str]:
