@@ -1,4 +1,4 @@
-"""The project's tasks: nox -s demo | tests | lint | gpu_check. `nox -l` lists them.
+"""The project's tasks: nox -s demo | tests | upstream | gpu_check | lint.
 
 Each task has an environment of its own under .nox, kept for the next run; `nox
 --reuse-venv=no` makes it anew. vLLM is installed again when the patch set has changed.
@@ -82,6 +82,8 @@ def sources_digest(*parts: str) -> str:
         paths += sorted((HERE / folder).rglob("*"))
     paths += sorted((HERE / "interpreter" / "vllm_interpreter").rglob("*"))
     for path in paths:
+        if path.name == "upstream.toml":  # says which tests run, nothing is built of it
+            continue
         if path.is_file() and "__pycache__" not in path.parts:
             digest.update(str(path.relative_to(HERE)).encode())
             digest.update(path.read_bytes())
@@ -168,6 +170,26 @@ def copy_tests(tree: Path, release: str, destination: Path) -> None:
     (destination / "pytest.ini").write_text("[pytest]\n")
 
 
+def run_upstream(session: nox.Session, tree: Path, release: str) -> None:
+    """Upstream's own tests, with CONCH among what they test."""
+    for name in ("tool", "test", "upstream"):
+        session.install("-r", f"requirements/{name}.txt")
+    device = "gpu" if has_nvidia_gpu() else "cpu"
+    folder = Path(session.create_tmp()).resolve() / "upstream"
+    script = str(HERE / "tools" / "upstream_tests.py")
+    session.run("python", script, release, str(tree), str(folder), "--device", device)
+    session.chdir(folder)
+    pytest = ["python", "-m", "pytest", "-ra", "--durations=10", "-c", "pytest.ini"]
+    environment = {"HF_HUB_OFFLINE": "1"}  # the folder has all that a test asks for
+    if device == "cpu":
+        pytest += ["-n", str(min(os.cpu_count() or 1, 8))]
+        # Without tracing their reference, flex_attention, takes half the time.
+        environment = INTERPRETER | {"TORCHDYNAMO_DISABLE": "1"}
+    if not any(argument.startswith("tests/") for argument in session.posargs):
+        pytest += Path("tests.txt").read_text().split()
+    session.run(*pytest, *session.posargs, env=environment)
+
+
 def release_pythons(session: nox.Session) -> dict[str, str]:
     """Where the tool's tests find the Pythons that have a release's dependencies."""
     pythons = {}
@@ -191,7 +213,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("subject", [*RELEASES, "tool"], ids=[*RELEASES, "tool"])
 def tests(session: nox.Session, subject: str) -> None:
-    """Kernels, backend, engine and demo on every release, then the tool's tests."""
+    """Kernels, backend, engine and demo, upstream's own, then the tool's tests."""
     pytest = ["python", "-m", "pytest", "-ra", "--durations=10", *session.posargs]
     if subject == "tool":
         session.install("-r", "requirements/tool.txt", "-r", "requirements/test.txt")
@@ -218,6 +240,15 @@ def tests(session: nox.Session, subject: str) -> None:
     # docs/features.md says what the class of this release answers.
     table = str(HERE / "tools" / "feature_table.py")
     session.run("python", table, "--check", env=environment)
+    if not session.posargs:
+        run_upstream(session, tree, subject)
+
+
+@nox.session
+@nox.parametrize("release", RELEASES, ids=RELEASES)
+def upstream(session: nox.Session, release: str) -> None:
+    """The release's own tests, with CONCH among what they test."""
+    run_upstream(session, install_vllm(session, release), release)
 
 
 @nox.session

@@ -18,8 +18,8 @@ runs them. upstream.toml holds
     [[files]]           a test file that runs: path
         edits           as in release.toml; device = "cpu" or "gpu": only there
         unchanged       true: it runs as it is, whether or not it reaches CONCH
-        [conch]         tests that reach CONCH, and a pattern of the cases that a CPU
-                        runs; "": none
+        conch           tests that reach CONCH; true, or a pattern of cases: a CPU runs
+                        all or these; false: only a GPU does
         [[left_out]]    patterns of test and case that do not run, with the reason
     [[left_out]]        files that do not run, with the reason
 
@@ -55,9 +55,7 @@ def load(release: Release) -> dict[str, Any]:
 def watched_files(tree: Path, data: dict[str, Any]) -> set[str]:
     """Upstream's test files that are about attention."""
     mentions = re.compile(data["mentions"])
-    found = {
-        path for pattern in data["watched"] for path in tree.glob(pattern)
-    } | {
+    found = {path for pattern in data["watched"] for path in tree.glob(pattern)} | {
         path
         for path in tree.glob("tests/**/test_*.py")
         if mentions.search(path.read_text())
@@ -145,8 +143,6 @@ def prepare(version: str, tree: Path, folder: Path, device: str) -> None:
     parts = {path.name: path.read_text() for path in PARTS.glob("*.py")}
     texts |= Relocation(release.relocate, release.imports).texts(parts)
     for model, config in data["models"].items():
-        if device == "cpu" and config.get("torch_dtype") == "bfloat16":
-            config["torch_dtype"] = "float16"  # the interpreter's bfloat16 is unsound
         texts[f"{model}/config.json"] = json.dumps(config)
     selection = {
         file["path"]: {

@@ -6,6 +6,8 @@ Goes into the folder that tools/upstream_tests.py makes. An argument that CONCH 
 use for is dropped; one that it would have to obey and cannot is an error.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,9 +45,9 @@ def one_scale(scale: torch.Tensor | float | None) -> torch.Tensor | None:
     if not isinstance(scale, torch.Tensor):
         assert scale is None or scale == 1, scale
         return None
-    scale = scale.reshape(-1)
-    assert (scale == scale[0]).all(), "CONCH has one scale for a tensor"
-    return scale[:1]
+    scales = scale.reshape(-1)
+    assert (scales == scales[0]).all(), "CONCH has one scale for a tensor"
+    return scales[:1]
 
 
 def window_of(window_size: tuple[int, int]) -> int | None:
@@ -77,7 +79,7 @@ def unified_attention(
     output_scale: torch.Tensor | None = None,
     **others: Any,
 ) -> None:
-    """vLLM's Triton attention over pages."""
+    """Attention over pages, as vLLM's Triton kernel."""
     unknown = others.keys() - TUNING
     assert not unknown, f"arguments that CONCH would have to obey: {unknown}"
     varlen_attention(
@@ -154,7 +156,7 @@ def context_attention_fwd(
     sliding_window_q: int | None = None,
     sliding_window_k: int | None = None,
 ) -> None:
-    """vLLM's Triton attention without a cache."""
+    """Attention without a cache, as vLLM's Triton kernel."""
     assert sliding_window_q == sliding_window_k, "CONCH's window is symmetric"
     ends = (b_start_loc[-1:] + b_seq_len[-1:]).to(torch.int32)
     attend_batch(
@@ -183,15 +185,14 @@ def mm_prefix_attention(
     """Attention with ranges seen both ways; K and V of each sequence one by one."""
     page, device = 16, q.device
     num_pages = [-(-length // page) for length in seq_lens]
-    caches = [
-        torch.cat(
-            [
-                torch.nn.functional.pad(part, (0, 0, 0, 0, 0, -len(part) % page))
-                for part in tensor.split(seq_lens)
-            ]
-        ).unflatten(0, (-1, page))
-        for tensor in (k, v)
-    ]
+
+    def in_pages(rows: torch.Tensor) -> torch.Tensor:
+        parts = [
+            torch.nn.functional.pad(part, (0, 0, 0, 0, 0, -len(part) % page))
+            for part in rows.split(seq_lens)
+        ]
+        return torch.cat(parts).unflatten(0, (-1, page))
+
     block_table = torch.zeros(len(seq_lens), max(num_pages), dtype=torch.int32)
     first = 0
     for row, count in enumerate(num_pages):
@@ -205,7 +206,8 @@ def mm_prefix_attention(
     out = torch.empty_like(q)
     varlen_attention(
         q,
-        *caches,
+        in_pages(k),
+        in_pages(v),
         out,
         starts.to(device, torch.int32),
         torch.tensor(seq_lens, dtype=torch.int32, device=device),
@@ -228,25 +230,8 @@ def reshape_and_cache_flash(
     kv_cache_dtype: str,
     k_scale: torch.Tensor,
     v_scale: torch.Tensor,
-    layout: str,
 ) -> None:
-    """vLLM's write to the cache.
-
-    Args:
-        key: [num_tokens, num_kv_heads, head_size].
-        value: as key.
-        key_cache: [num_blocks, block_size, num_kv_heads, head_size], in the layout HND
-            with the middle two the other way round.
-        value_cache: as key_cache.
-        slot_mapping: [num_tokens].
-        kv_cache_dtype: "auto" or "fp8".
-        k_scale: one element.
-        v_scale: one element.
-        layout: NHD or HND.
-
-    """
-    if layout == "HND":
-        key_cache, value_cache = key_cache.transpose(1, 2), value_cache.transpose(1, 2)
+    """The write to the cache, as vLLM's op."""
     if kv_cache_dtype != "auto":
         dtype = current_platform.fp8_dtype()
         key_cache, value_cache = key_cache.view(dtype), value_cache.view(dtype)
@@ -273,7 +258,7 @@ class QuantOps:
         use_per_token_if_dynamic: bool = False,
         group_shape: tuple[int, int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """vLLM's quantisation to fp8."""
+        """Quantisation to fp8, as vLLM's op."""
         assert group_shape in (None, (-1, -1)), "CONCH has no scales per group"
         given = None if scale is None else scale.reshape(-1)
         output, used = scaled_fp8_quant(
@@ -282,18 +267,26 @@ class QuantOps:
         return output, used if scale is None else scale
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Makes it the default, as it is while vLLM builds a model of this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
 def register_layer(
     vllm_config: Any, layer_names: list[str], dtype: torch.dtype, **options: Any
 ) -> None:
     """Makes the layers that a metadata builder is for, as loading a model does.
 
     Upstream's tests make builders for layers that there are not; CONCH's looks at
-    them. The default dtype is the model's from here on, as while a model is loaded.
+    them.
     """
-    torch.set_default_dtype(dtype)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     head_size = options.pop("head_size", model.get_head_size())
-    with set_current_vllm_config(vllm_config):
+    with set_current_vllm_config(vllm_config), default_dtype(dtype):
         impl = ConchAttentionImpl(
             num_heads=model.get_num_attention_heads(parallel),
             head_size=head_size,

@@ -27,8 +27,7 @@ reached = 0  # calls of CONCH's functions, all tests of this process together
 
 def count_calls(owner: Any, name: str) -> None:
     function = vars(owner)[name]
-    is_classmethod = isinstance(function, classmethod)
-    called: Callable = function.__func__ if is_classmethod else function
+    called: Callable = getattr(function, "__func__", function)
 
     @wraps(called)
     def counting(*arguments: Any, **keywords: Any) -> Any:
@@ -36,7 +35,8 @@ def count_calls(owner: Any, name: str) -> None:
         reached += 1
         return called(*arguments, **keywords)
 
-    setattr(owner, name, classmethod(counting) if is_classmethod else counting)
+    is_method = isinstance(function, classmethod | staticmethod)
+    setattr(owner, name, type(function)(counting) if is_method else counting)
 
 
 def pytest_sessionstart() -> None:
@@ -44,8 +44,11 @@ def pytest_sessionstart() -> None:
     from vllm.v1.attention.backends import conch_attn
 
     count_calls(Launch, "__call__")
-    count_calls(conch_attn.ConchAttentionBackend, "validate_configuration")
     count_calls(conch_attn.ConchAttentionMetadataBuilder, "build")
+    for owner in (conch_attn.ConchAttentionBackend, conch_attn.ConchBackendBase):
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, classmethod | staticmethod):
+                count_calls(owner, name)
 
 
 def test_of(nodeid: str) -> tuple[str, str, str]:
@@ -86,13 +89,15 @@ class Choice:
                 return entry["reason"]
         if self.data["unchanged"]:
             return None
-        pattern = self.data["conch"].get(test)
-        if pattern is None:
+        on_cpu = self.data["conch"].get(test)
+        if on_cpu is None:
             raise pytest.UsageError(
                 f"{self.path}: upstream's {test} is neither among the tests that run "
                 "nor left out: add it to upstream.toml"
             )
-        if DEVICE == "cpu" and not (pattern and re.search(pattern, case)):
+        if DEVICE == "cpu" and not (
+            re.search(on_cpu, case) if isinstance(on_cpu, str) else on_cpu
+        ):
             return "only on a GPU"
         return None
 
@@ -114,7 +119,8 @@ def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
     choices: dict[str, Choice] = {}
-    kept, dropped = [], []
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
     for item in items:
         path = test_of(item.nodeid)[0]
         choice = choices.setdefault(path, Choice(path))
@@ -170,8 +176,8 @@ class Summary:
             f"{path}::{test}"
             for path, data in FILES.items()
             if path in given
-            for test, pattern in data["conch"].items()
-            if (DEVICE == "gpu" or pattern) and (path, test) not in self.proven
+            for test, on_cpu in data["conch"].items()
+            if (DEVICE == "gpu" or on_cpu) and (path, test) not in self.proven
         ]
 
     @pytest.hookimpl(trylast=True)
