@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Edits of upstream's Python files, on the syntax tree.
 
-An edit inserts code beside an anchor. The anchor is itself Python, in which `...`
+An edit inserts code beside an anchor, or puts it in the anchor's place. The anchor is itself Python, in which `...`
 stands for anything: `CUSTOM = ...` is that assignment whatever its value, and
 `if selected is None: ...` that branch whatever its body. Formatting and comments do
 not matter to the match; everything that the edit does not insert stays byte for byte.
@@ -23,7 +23,7 @@ from patchset.errors import PatchError
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One insertion into one file.
+    """One insertion into one file, or one replacement.
 
     Attributes:
         name: short, for messages: what the edit does.
@@ -33,7 +33,7 @@ class Edit:
         insert: the code to insert: statements, or for `kind="key"` dict entries.
         scope: dotted path of the class, function or (for keys) variable that holds
             the anchor; empty for the whole module.
-        where: the side of the anchor on which the code goes.
+        where: the side of the anchor on which the code goes, or `instead` of it.
         kind: what the anchor is.
         count: how often the anchor has to match; the code goes to every match.
 
@@ -45,7 +45,7 @@ class Edit:
     anchor: str
     insert: str
     scope: str = ""
-    where: Literal["before", "after"] = "after"
+    where: Literal["before", "after", "instead"] = "after"
     kind: Literal["statement", "key"] = "statement"
     count: int = 1
 
@@ -157,6 +157,10 @@ def _insert_statements(module: cst.Module, scope: cst.CSTNode, edit: Edit):
                 return updated_node
             if edit.where == "before":
                 return cst.FlattenSentinel([*statements, updated_node])
+            if edit.where == "instead":
+                lines = [*updated_node.leading_lines, *lead_in]
+                head = first.with_changes(leading_lines=lines)
+                return cst.FlattenSentinel([head, *statements[1:]])
             return cst.FlattenSentinel([updated_node, *statements])
 
     return module.visit(Insert())

@@ -86,10 +86,14 @@ def make_config(
     num_speculative_tokens: int | None = None,
     cudagraph_mode: CUDAGraphMode = CUDAGraphMode.NONE,
     dtype: torch.dtype = torch.float32,
+    rswa_window: int | None = None,
 ) -> VllmConfig:
     config = VllmConfig()
     config.model_config = SimpleNamespace(
-        max_model_len=MAX_MODEL_LEN, is_mm_prefix_lm=False, dtype=dtype
+        max_model_len=MAX_MODEL_LEN,
+        is_mm_prefix_lm=False,
+        dtype=dtype,
+        rswa_window=rswa_window,
     )
     config.scheduler_config.max_num_seqs = 8
     config.scheduler_config.max_num_batched_tokens = MAX_NUM_TOKENS
@@ -276,6 +280,8 @@ class Engine:
             alibi_sqrt=impl.alibi_sqrt,
             mm_prefix_range=metadata.mm_prefix_range,
             mm_prefix_in_window=in_window,
+            prefix_lens=metadata.prefix_lens,
+            chunk_lookback=impl.schedule_key.chunk_lookback,
         )
 
     def check(self, layer: Any, metadata: Any) -> None:
@@ -483,6 +489,105 @@ def test_images_are_seen_both_ways(in_window: bool) -> None:
         engine.check(layer, metadata)
     common.mm_req_doc_ranges = None
     assert builder.build(0, common).mm_prefix_range is None
+
+
+@pytest.mark.parametrize("batch", ["decode", "mixed", "verify"])
+def test_chunks_with_lookback(batch: str) -> None:
+    """Chunks of 20 and of 8 keys, beside a window: three schedules."""
+    chunks = {"sliding_window": 40, "chunk_lookback": 1}
+    short = {"attention_chunk_size": 8}
+    layers = [chunks, {"sliding_window": 40}, short, chunks]
+    engine = Engine(layers)
+    assert len(engine.builder.schedules) == 3
+    engine.step(BATCHES[batch])
+
+
+def test_chunks_without_a_window_are_none() -> None:
+    """As with --disable-sliding-window: the whole sequence is seen."""
+    engine = Engine([{"chunk_lookback": 1}])
+    assert engine.layers[0].impl.schedule_key.chunk_lookback == -1
+    engine.step(BATCHES["decode"])
+
+
+needs_rswa = pytest.mark.skipif(
+    not hasattr(ConchAttentionBackend, "supports_rswa"),
+    reason="this release has no reference sliding window",
+)
+
+
+def keep_prompt_and_window(
+    engine: Engine, prompts: Sequence[int], window: int, num_computed: Sequence[int]
+) -> None:
+    """Frees the pages between, as vLLM's manager does: block 0 stands in for them."""
+    for row, (prompt, computed) in enumerate(zip(prompts, num_computed)):
+        first = -(-prompt // BLOCK_SIZE)
+        end = max(prompt, computed - window) // BLOCK_SIZE
+        engine.block_table[row, first : max(first, end)] = 0
+
+
+@needs_rswa
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_prompts_stay_in_sight_behind_a_window(kv_cache_dtype: str) -> None:
+    """R-SWA; prompts are whole, chunked, generated from, shorter than a page."""
+    lengths = [(1, 190), (30, 0), (1, 130), (20, 33), (3, 90)]
+    prompts = [37, 30, 5, 90, 16]
+    engine = Engine(rswa_window=24, kv_cache_dtype=kv_cache_dtype)
+    common = engine.fill(lengths)
+    common.rswa_prefix_lens = torch.tensor(prompts, dtype=torch.int32)
+    metadata = engine.builder.build(0, common)
+    assert metadata.prefix_lens.tolist() == prompts
+    (layer,) = engine.layers
+    engine.check(layer, metadata)
+    # Nothing is missed of the pages between prompt and window.
+    pages = engine.block_table.clone()
+    query, key, value = engine.new_tokens(layer, metadata.num_actual_tokens)
+    query, outputs = engine.as_passed(layer, query), []
+    for cache in layer.caches:
+        cache[0] = 100.0
+    for _ in range(2):
+        outputs.append(torch.full(query.shape, SENTINEL, device=DEVICE))
+        run_layer(layer, query, key, value, metadata, outputs[-1])
+        keep_prompt_and_window(engine, prompts, 24, [c for _, c in lengths])
+    assert not torch.equal(engine.block_table, pages)
+    assert torch.equal(*outputs)
+
+
+@needs_rswa
+def test_batches_without_prompt_lengths_see_all() -> None:
+    """What dummy and draft batches get; a graph captured so replays with lengths."""
+    engine = Engine(rswa_window=24)
+    metadata = engine.builder.build(0, engine.fill(BATCHES["decode"]))
+    buffer = metadata.prefix_lens.data_ptr()
+    engine.check(engine.layers[0], metadata)
+    common = engine.fill(BATCHES["decode"], padded_reqs=2)
+    common.rswa_prefix_lens = torch.tensor([3, 1, 9, 40], dtype=torch.int32)
+    metadata = engine.builder.build(0, common)
+    assert metadata.prefix_lens.data_ptr() == buffer
+    assert not engine.builder.supports_draft_decode_metadata_update
+    engine.check(engine.layers[0], metadata)
+    engine.layers[0].impl.run_dummy_batches(engine.layers[0])
+
+
+@needs_rswa
+def test_rswa_refuses_what_would_not_be_it() -> None:
+    engine = Engine(rswa_window=24)
+    with pytest.raises(ValueError, match="only one of sliding_window 16"):
+        engine.make_impl("auto", sliding_window=16)
+    engine.config.attention_config.use_non_causal = True
+    with pytest.raises(ValueError, match="non-causal attention with R-SWA"):
+        engine.make_impl("auto")
+
+    config = selector_config(use_rswa=True, use_non_causal=True)
+    (reason,) = ConchAttentionBackend.validate_configuration(**config)
+    assert reason == "non-causal attention with R-SWA not supported"
+
+
+@needs_rswa
+def test_chunks_refuse_non_causal_attention() -> None:
+    engine = Engine()
+    engine.config.attention_config.use_non_causal = True
+    with pytest.raises(ValueError, match="non-causal attention with chunks"):
+        engine.make_impl("auto", sliding_window=16, chunk_lookback=1)
 
 
 def test_shared_cache_is_not_written() -> None:
@@ -961,6 +1066,7 @@ SUPPORTED = [
     {"use_kv_connector": True},
     {"use_adaptive_verification": True},
     {"has_sink": True},
+    {"use_rswa": True},
     {"attn_type": AttentionType.DECODER},
     {"attn_type": AttentionType.ENCODER},
     {"attn_type": AttentionType.ENCODER_ONLY},
@@ -988,7 +1094,6 @@ UNSUPPORTED = [
     ({"use_batch_invariant": True}, "batch invariance not supported"),
     ({"use_pcp": True}, "PCP not supported"),
     ({"use_dcp": True}, "DCP not supported"),
-    ({"use_rswa": True}, "R-SWA not supported"),
     ({"attn_type": "prefix"}, "attention type prefix not supported"),
 ]
 
@@ -1055,13 +1160,11 @@ def test_layer_refuses_with_every_reason() -> None:
         engine.make_impl(
             "fp8_inc",
             attn_type="prefix",
-            chunk_lookback=3,
             attention_bias=torch.zeros(1),
         )
     for reason in (
         "kv_cache_dtype fp8_inc not supported",
         "attention type prefix not supported",
-        "chunk_lookback not supported",
         "attention_bias not supported",
         "--attention-backend",
     ):

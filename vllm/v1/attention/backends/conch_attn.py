@@ -31,7 +31,6 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.conch_base import (
-    NEUTRAL_ARGUMENTS,
     PAGE_MULTIPLE,
     AttentionCGSupport,
     AttentionLayer,
@@ -47,6 +46,8 @@ from vllm.v1.attention.backends.conch_base import (
     key_value_views,
     max_decode_query_len,
     mm_prefix_ranges,
+    rswa_prefix_lens,
+    rswa_window,
 )
 
 MIN_HEAD_SIZE = 16
@@ -55,6 +56,9 @@ MAX_HEAD_SIZE = 512
 # A query length for every variant of the attention kernels that a plan may choose;
 # longer ones than the last need no other.
 WARM_UP_QUERY_LENS = (1, 2, 4, 8, 16, 32)
+
+# A prefix that holds every key: what a batch without prefix lengths is given.
+WHOLE_SEQUENCE = 2**31 - 1
 
 # Encoders attend to the keys and values of the batch itself, there is no cache.
 ENCODER_TYPES = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
@@ -71,6 +75,8 @@ class ScheduleKey(NamedTuple):
     num_heads: int
     sliding_window: int | None
     mm_prefix_in_window: bool
+    chunk_lookback: int  # -1: a window, no chunks
+    sees_prompt: bool  # behind the window, too: R-SWA
 
 
 def fp8_cache_dtype(kv_cache_dtype: str) -> torch.dtype | None:
@@ -168,6 +174,8 @@ def unsupported_by_device(
     return reasons
 
 
+NON_CAUSAL_RSWA = "non-causal attention with R-SWA not supported"
+
 # vLLM's short reasons, in whose place `unsupported` gives the whole ones.
 BRIEF_REASONS = (
     "head_size not supported",
@@ -243,6 +251,8 @@ class ConchAttentionBackend(ConchBackendBase):
                 )
             if reason not in brief:
                 reasons.append(reason)
+        if configuration.get("use_rswa") and configuration.get("use_non_causal"):
+            reasons.append(NON_CAUSAL_RSWA)
         return reasons
 
 
@@ -262,6 +272,7 @@ class ConchAttentionMetadata:
     slot_mapping: torch.Tensor  # [num_actual_tokens]; cross-attention: of K and V
     causal: bool | torch.Tensor  # a tensor: [num_reqs], a flag for each sequence
     mm_prefix_range: torch.Tensor | None  # [num_reqs, num_ranges, 2] seen both ways
+    prefix_lens: torch.Tensor | None  # [num_reqs] of R-SWA: tokens that all see
     schedules: dict[ScheduleKey, VarlenSchedule]
 
 
@@ -318,6 +329,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         self.decode_query_len = max_decode_query_len(vllm_config)
         self.schedules: dict[ScheduleKey, VarlenSchedule] = {}
         self.encoder_pages: EncoderPages | None = None
+        self.prefix_lens: torch.Tensor | None = None
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:
             for impl in conch_impls(layers[name]):
@@ -328,6 +340,10 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
                     if impl.is_encoder and self.encoder_pages is None:
                         self.encoder_pages = EncoderPages(
                             schedule.max_num_seqs, schedule.max_num_tokens, device
+                        )
+                    if impl.schedule_key.sees_prompt and self.prefix_lens is None:
+                        self.prefix_lens = torch.zeros(
+                            schedule.max_num_seqs, dtype=torch.int32, device=device
                         )
 
     @classmethod
@@ -367,6 +383,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             slot_mapping=common.slot_mapping,
             causal=common.causal,
             mm_prefix_range=mm_prefix_ranges(common),
+            prefix_lens=self.update_prefix_lens(common),
             schedules=self.schedules,
         )
         self.update_schedules(metadata)
@@ -379,6 +396,24 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         # The schedules are computed from the lengths, so these come first.
         common_attn_metadata.seq_lens.fill_(1)
         return self.build(0, common_attn_metadata)
+
+    def update_prefix_lens(
+        self, common: CommonAttentionMetadata
+    ) -> torch.Tensor | None:
+        """The batch's prefix lengths in a buffer that CUDA graphs can keep.
+
+        A batch without them, as for a graph's capture, sees all keys: by the same
+        kernels, which can so replay any other.
+        """
+        if self.prefix_lens is None:
+            return None
+        prefix_lens = self.prefix_lens[: common.seq_lens.shape[0]]
+        lengths = rswa_prefix_lens(common)
+        if lengths is None:
+            return prefix_lens.fill_(WHOLE_SEQUENCE)
+        # Padding requests may have no length, and need none.
+        prefix_lens[: lengths.shape[0]].copy_(lengths, non_blocking=True)
+        return prefix_lens
 
     def launch_query_len(self, common: CommonAttentionMetadata) -> int:
         """The query length that a batch's kernels are chosen for.
@@ -402,6 +437,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
                 num_tokens=metadata.num_actual_tokens,
                 mm_prefix_range=metadata.mm_prefix_range,
                 mm_prefix_in_window=key.mm_prefix_in_window,
+                prefix_lens=metadata.prefix_lens if key.sees_prompt else None,
             )
 
 
@@ -426,6 +462,8 @@ class ConchAttentionImpl(ConchImplBase):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
         use_alibi_sqrt: bool = False,
+        chunk_lookback: int = -1,
+        attention_chunk_size: int | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__()
@@ -433,7 +471,6 @@ class ConchAttentionImpl(ConchImplBase):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_size = head_size
         self.scale = float(scale)
-        self.sliding_window = sliding_window
         self.softcap = logits_soft_cap or 0.0
         self.kv_cache_dtype = kv_cache_dtype
         self.attn_type = attn_type
@@ -441,11 +478,23 @@ class ConchAttentionImpl(ConchImplBase):
         self.fp8_dtype = None if self.is_encoder else fp8_cache_dtype(kv_cache_dtype)
         self.dtype = torch.get_default_dtype()  # the model's, while it is built
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.schedule_key = ScheduleKey(num_heads, sliding_window, False)
         self.sinks = sinks
         self.alibi_sqrt = use_alibi_sqrt
         self.alibi_slopes: torch.Tensor | None = None
         self.vllm_config = get_current_vllm_config()
+        reference_window = None
+        if attn_type == AttentionType.DECODER:
+            reference_window = rswa_window(self.vllm_config)
+        sees_prompt = reference_window is not None
+        windows = (sliding_window, attention_chunk_size, reference_window)
+        if sliding_window is None:
+            chunk_lookback = -1  # chunks are parts of a window
+        if attention_chunk_size is not None:
+            chunk_lookback = 0
+        self.sliding_window = next((w for w in windows if w is not None), None)
+        self.schedule_key = ScheduleKey(
+            num_heads, self.sliding_window, False, chunk_lookback, sees_prompt
+        )
         if alibi_slopes is not None:
             self.alibi_slopes = torch.tensor(
                 alibi_slopes,
@@ -476,10 +525,21 @@ class ConchAttentionImpl(ConchImplBase):
             reasons.append("decode context parallelism (DCP) not supported")
         if self.pcp_world_size > 1:
             reasons.append("prefill context parallelism (PCP) not supported")
-        for name, value in arguments.items():
-            neutral = NEUTRAL_ARGUMENTS.get(name)
-            if isinstance(value, torch.Tensor) or value != neutral:
-                reasons.append(f"{name} not supported")
+        if windows.count(None) < len(windows) - 1:
+            reasons.append(
+                f"only one of sliding_window {sliding_window}, attention_chunk_size "
+                f"{attention_chunk_size} and R-SWA window {reference_window} supported"
+            )
+        if attends_both_ways(self.vllm_config):
+            if sees_prompt:
+                reasons.append(NON_CAUSAL_RSWA)
+            if chunk_lookback >= 0:
+                reasons.append("non-causal attention with chunks not supported")
+        reasons += [
+            f"{name} not supported"
+            for name, value in arguments.items()
+            if value is not None
+        ]
         if reasons:
             raise ValueError(
                 "CONCH cannot run this model's attention: "
@@ -491,11 +551,14 @@ class ConchAttentionImpl(ConchImplBase):
         """Whether vLLM's layer should quantise queries, with its q_scale.
 
         Where the prefill kernel for Q, K and V in fp8 runs, which takes neither sinks
-        nor ALiBi. Elsewhere a query of 16 bits is no slower, and more accurate.
+        nor ALiBi, nor chunks or a prefix. Elsewhere a query of 16 bits is no slower,
+        and more accurate.
         """
         if not current_platform.is_cuda() or self.dtype not in HOPPER_DTYPES:
             return False
         if self.sinks is not None or self.alibi_slopes is not None:
+            return False
+        if self.schedule_key.chunk_lookback >= 0 or self.schedule_key.sees_prompt:
             return False
         fp8 = self.fp8_dtype
         shape = Shape(
@@ -595,6 +658,8 @@ class ConchAttentionImpl(ConchImplBase):
             alibi_sqrt=self.alibi_sqrt,
             mm_prefix_range=metadata.mm_prefix_range,
             mm_prefix_in_window=self.schedule_key.mm_prefix_in_window,
+            prefix_lens=metadata.prefix_lens if self.schedule_key.sees_prompt else None,
+            chunk_lookback=self.schedule_key.chunk_lookback,
             output_scale=output_scale,
         )
 
@@ -617,6 +682,7 @@ class ConchAttentionImpl(ConchImplBase):
             kv_dtype=self.dtype if self.fp8_dtype is None else self.fp8_dtype,
             device=device,
             sliding_window=self.sliding_window,
+            chunk_lookback=self.schedule_key.chunk_lookback,
             decode_query_len=decode_query_len,
             # TMA would read all slots of pages that end behind the batch.
             portable=self.is_encoder,
@@ -722,6 +788,7 @@ class ConchAttentionImpl(ConchImplBase):
             slot_mapping=torch.full((query_len,), -1, device=device),
             causal=causal,
             mm_prefix_range=None,
+            prefix_lens=integers(1) if self.schedule_key.sees_prompt else None,
             schedules={self.schedule_key: schedule},
         )
         schedule.update(
@@ -730,6 +797,7 @@ class ConchAttentionImpl(ConchImplBase):
             max_query_len=query_len,
             num_tokens=query_len,
             mm_prefix_in_window=self.schedule_key.mm_prefix_in_window,
+            prefix_lens=metadata.prefix_lens,
         )
         kv_cache = bound_kv_cache(layer)
         self.write_kv_cache(layer, key, value, kv_cache, metadata.slot_mapping)

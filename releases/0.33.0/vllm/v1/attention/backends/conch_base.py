@@ -38,7 +38,6 @@ __all__ = [
     "ConchBackendBase",
     "ConchBuilderBase",
     "ConchImplBase",
-    "NEUTRAL_ARGUMENTS",
     "PAGE_MULTIPLE",
     "attends_both_ways",
     "bound_kv_cache",
@@ -46,6 +45,8 @@ __all__ = [
     "key_value_views",
     "max_decode_query_len",
     "mm_prefix_ranges",
+    "rswa_prefix_lens",
+    "rswa_window",
 ]
 
 PAGE_MULTIPLE = 16  # pages hold a multiple of so many tokens
@@ -55,10 +56,6 @@ PREFERRED_BLOCK_SIZE = 128
 
 # Physical layouts of the KV cache, best first. None: any, as the engine prefers.
 PREFERRED_KV_CACHE_LAYOUTS: tuple[KVCacheLayout, ...] | None = None
-
-# Arguments that models pass to their attention layers, each with the value that
-# stands for not using the feature.
-NEUTRAL_ARGUMENTS: dict[str, Any] = {"chunk_lookback": -1}
 
 
 def key_value_views(
@@ -84,6 +81,20 @@ def mm_prefix_ranges(common: CommonAttentionMetadata) -> torch.Tensor | None:
     return compute_mm_prefix_range_tensor(
         common.mm_req_doc_ranges, common.num_reqs, common.seq_lens.device
     )
+
+
+def rswa_window(vllm_config: VllmConfig) -> int | None:
+    """Keys that generated tokens see besides the prompt, themselves included (R-SWA).
+
+    None: the model does without.
+    """
+    model_config = vllm_config.model_config
+    return None if model_config is None else model_config.rswa_window
+
+
+def rswa_prefix_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
+    """[num_reqs] lengths of the prompts, on any device; None where not given."""
+    return common.rswa_prefix_lens
 
 
 class ConchBackendBase(AttentionBackend):
@@ -112,6 +123,10 @@ class ConchBackendBase(AttentionBackend):
         return True
 
     @classmethod
+    def supports_rswa(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_non_causal(cls) -> bool:
         return True
 
@@ -127,7 +142,7 @@ class ConchBackendBase(AttentionBackend):
 class ConchBuilderBase(AttentionMetadataBuilder):
     # Schedules are computed on the device from persistent tensors, so a speculator
     # can record their update in the CUDA graph of its draft steps.
-    supports_draft_decode_metadata_update: ClassVar[bool] = True
+    supports_draft_decode_metadata_update: bool = True
 
     def __init__(
         self,
@@ -137,6 +152,9 @@ class ConchBuilderBase(AttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if rswa_window(vllm_config) is not None:
+            # Prefix lengths are of the batch that build() saw.
+            self.supports_draft_decode_metadata_update = False
         if kv_cache_spec.head_size_v != kv_cache_spec.head_size:
             raise ValueError(
                 f"CONCH cannot run layers {layer_names}: head_size_v "
