@@ -2,10 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Edits of upstream's Python files, on the syntax tree.
 
-An edit inserts code beside an anchor, or puts it in the anchor's place. The anchor is itself Python, in which `...`
-stands for anything: `CUSTOM = ...` is that assignment whatever its value, and
-`if selected is None: ...` that branch whatever its body. Formatting and comments do
-not matter to the match; everything that the edit does not insert stays byte for byte.
+An edit inserts code beside an anchor, or puts it in the anchor's place. The anchor is
+itself Python, in which `...` stands for anything: `CUSTOM = ...` is that assignment
+whatever its value, and `if selected is None: ...` that branch whatever its body.
+Formatting and comments do not matter to the match; everything that the edit does not
+insert or replace stays byte for byte.
 
 An anchor must match as often as the edit says (once, unless it says otherwise). Any
 other count means that upstream changed under the edit, and is an error.

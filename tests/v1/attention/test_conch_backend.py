@@ -7,18 +7,20 @@ batch, a metadata builder for a group of layers, then each layer's calls.
 """
 
 import gc
+import inspect
 import math
 import weakref
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from tests.v1.attention.conch_release import (
     KV_LAYOUTS,
+    AttentionBackendEnum,
     AttentionSelectorConfig,
     bind_kv_cache,
     make_kv_cache,
@@ -45,6 +47,7 @@ from tests.kernels.attention.conch_reference import (
 from vllm.attention.ops.conch import hopper_fp8_prefill, hopper_prefill
 from vllm.attention.ops.conch.plan import Device
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.config.cache import CacheDType
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     kFp8DynamicTokenSym,
     kFp8StaticTensorSym,
@@ -65,6 +68,7 @@ from vllm.v1.attention.backends.conch_base import (
     bound_kv_cache,
     key_value_views,
 )
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 # (query_len, tokens already in the cache) of each sequence.
 BATCHES = {
@@ -583,6 +587,35 @@ def test_rswa_refuses_what_would_not_be_it() -> None:
 
 
 @needs_rswa
+def test_unlimited_ocr_may_run_on_conch() -> None:
+    """The one model with R-SWA refuses backends by name."""
+    from vllm.model_executor.models.config import UnlimitedOCRForCausalLMConfig
+
+    def configured(backend: AttentionBackendEnum) -> AttentionBackendEnum:
+        config = make_config()
+        config.model_config = SimpleNamespace()
+        config.attention_config.backend = backend
+        UnlimitedOCRForCausalLMConfig.verify_and_update_config(config)
+        return config.attention_config.backend
+
+    conch = AttentionBackendEnum.CONCH
+    assert configured(conch) == conch
+    with pytest.raises(ValueError, match="or CONCH"):
+        configured(AttentionBackendEnum.FLASHINFER)
+
+
+@needs_rswa
+def test_prefix_lm_is_warmed_up_as_it_runs() -> None:
+    """All of a prompt sees itself, in decoders too: no causal kernels to compile."""
+    engine = Engine()
+    (layer,) = engine.layers
+    assert layer.impl.causal_modes(torch.device(DEVICE)) == (True,)
+    spec = replace(engine.builder.kv_cache_spec, non_causal=True)
+    layer.impl.see_layer(layer, spec)
+    assert layer.impl.causal_modes(torch.device(DEVICE)) == (False,)
+
+
+@needs_rswa
 def test_chunks_refuse_non_causal_attention() -> None:
     engine = Engine()
     engine.config.attention_config.use_non_causal = True
@@ -1067,6 +1100,7 @@ SUPPORTED = [
     {"use_adaptive_verification": True},
     {"has_sink": True},
     {"use_rswa": True},
+    *([{"use_mm_prefix": True}] if ConchAttentionBackend.supports_mm_prefix() else []),
     {"attn_type": AttentionType.DECODER},
     {"attn_type": AttentionType.ENCODER},
     {"attn_type": AttentionType.ENCODER_ONLY},
@@ -1112,6 +1146,37 @@ def test_unsupported_configurations(changes: dict[str, Any], reason: str) -> Non
         pytest.skip("this release does not ask for it")
     (only,) = ConchAttentionBackend.validate_configuration(**config)
     assert reason in only
+
+
+def test_every_question_of_the_selector_is_asked_above() -> None:
+    """A release that asks for something new has to be answered for."""
+    asked = {name for changes in SUPPORTED for name in changes}
+    asked |= {name for changes, _ in UNSUPPORTED for name in changes}
+    assert asked >= set(AttentionSelectorConfig._fields)
+
+
+def test_every_cache_format_is_taken_or_refused() -> None:
+    for kv_cache_dtype in get_args(CacheDType):
+        dtype = getattr(torch, kv_cache_dtype, torch.float16)
+        dtype = dtype if dtype.itemsize == 2 else torch.float16
+        config = selector_config(kv_cache_dtype=kv_cache_dtype, dtype=dtype)
+        reasons = ConchAttentionBackend.validate_configuration(**config)
+        taken = kv_cache_dtype in ConchAttentionBackend.supported_kv_cache_dtypes
+        named = [f"kv_cache_dtype {kv_cache_dtype} not" in reason for reason in reasons]
+        assert named == ([] if taken else [True])
+
+
+@pytest.mark.skipif(
+    "head_size_v" not in inspect.signature(FullAttentionSpec).parameters,
+    reason="with this release all layers have K and V of one size",
+)
+def test_keys_and_values_of_two_sizes_are_refused() -> None:
+    engine = Engine()
+    spec = replace(engine.builder.kv_cache_spec, head_size_v=HEAD_SIZE // 2)
+    with pytest.raises(ValueError, match="head_size_v .* differs from head_size"):
+        ConchAttentionMetadataBuilder(
+            spec, ["layer.0"], engine.config, torch.device(DEVICE)
+        )
 
 
 def test_all_reasons_at_once() -> None:

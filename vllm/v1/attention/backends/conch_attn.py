@@ -333,7 +333,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:
             for impl in conch_impls(layers[name]):
-                impl.see_layer(layers[name])
+                impl.see_layer(layers[name], kv_cache_spec)
                 if impl.schedule_key not in self.schedules:
                     schedule = impl.make_schedule(kv_cache_spec.block_size, device)
                     self.schedules[impl.schedule_key] = schedule
@@ -502,6 +502,7 @@ class ConchAttentionImpl(ConchImplBase):
                 device=self.vllm_config.device_config.device,
             )
         self.supports_quant_query_input = self.prefers_fp8_queries()
+        self.is_never_causal = attn_type != AttentionType.DECODER
         # K and V views of the bound cache, which would cost every call anew. The
         # engine gives up the cache that it profiles with, and so do these.
         self.kv_cache: Callable[[], torch.Tensor | None] = lambda: None
@@ -573,8 +574,10 @@ class ConchAttentionImpl(ConchImplBase):
         is_fp8 = self.supports_quant_query_input
         return self.fp8_dtype if is_fp8 and self.fp8_dtype else self.dtype
 
-    def see_layer(self, layer: AttentionLayer) -> None:
+    def see_layer(self, layer: AttentionLayer, spec: AttentionSpec) -> None:
         """Takes over what models set on a layer after they have made it."""
+        # A decoder of a prefix LM has all of its prompts see each other.
+        self.is_never_causal |= getattr(spec, "non_causal", False)
         in_window = getattr(layer, "mm_prefix_clamp_sliding_window", False)
         self.schedule_key = self.schedule_key._replace(mm_prefix_in_window=in_window)
 
@@ -722,7 +725,7 @@ class ConchAttentionImpl(ConchImplBase):
 
     def causal_modes(self, device: torch.device) -> tuple[bool | torch.Tensor, ...]:
         """What a batch of one sequence may have as `causal`."""
-        if self.attn_type != AttentionType.DECODER:
+        if self.is_never_causal:
             return (False,)
         if not attends_both_ways(self.vllm_config):
             return (True,)

@@ -9,7 +9,7 @@ do_kv_cache_update before it calls forward.
 """
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -73,7 +73,10 @@ def bound_kv_cache(layer: AttentionLayer) -> torch.Tensor:
 
 def attends_both_ways(vllm_config: VllmConfig) -> bool:
     """Whether the model's decoder layers may be asked for non-causal attention."""
-    return vllm_config.attention_config.use_non_causal
+    return (
+        vllm_config.attention_config.use_non_causal
+        or vllm_config.diffusion_config is not None
+    )
 
 
 def mm_prefix_ranges(common: CommonAttentionMetadata) -> torch.Tensor | None:
