@@ -20,7 +20,6 @@ import pytest
 import torch
 from tests.v1.attention.conch_release import (
     KV_LAYOUTS,
-    AttentionBackendEnum,
     AttentionSelectorConfig,
     bind_kv_cache,
     make_kv_cache,
@@ -584,24 +583,6 @@ def test_rswa_refuses_what_would_not_be_it() -> None:
     config = selector_config(use_rswa=True, use_non_causal=True)
     (reason,) = ConchAttentionBackend.validate_configuration(**config)
     assert reason == "non-causal attention with R-SWA not supported"
-
-
-@needs_rswa
-def test_unlimited_ocr_may_run_on_conch() -> None:
-    """The one model with R-SWA refuses backends by name."""
-    from vllm.model_executor.models.config import UnlimitedOCRForCausalLMConfig
-
-    def configured(backend: AttentionBackendEnum) -> AttentionBackendEnum:
-        config = make_config()
-        config.model_config = SimpleNamespace()
-        config.attention_config.backend = backend
-        UnlimitedOCRForCausalLMConfig.verify_and_update_config(config)
-        return config.attention_config.backend
-
-    conch = AttentionBackendEnum.CONCH
-    assert configured(conch) == conch
-    with pytest.raises(ValueError, match="or CONCH"):
-        configured(AttentionBackendEnum.FLASHINFER)
 
 
 @needs_rswa

@@ -86,7 +86,7 @@ def without_window(model: PreTrainedModel) -> None:
     without(sliding_window=10**6)(model)
 
 
-CPU_CONVOLUTIONS = "vllm.model_executor.layers.mamba.ops.cpu"
+CPU_LAYERS = "vllm.model_executor.layers.mamba.ops.cpu"
 
 
 def without_alibi(model: PreTrainedModel) -> None:
@@ -251,8 +251,11 @@ def test_family(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model_class, config_class = family.classes
     skip_unless_supported(model_class)
-    if name == "lfm2" and not ON_GPU and find_spec(CPU_CONVOLUTIONS) is None:
-        pytest.skip("this release has no causal convolutions for CPUs")
+    if find_spec(CPU_LAYERS) is None:
+        if name in ("lfm2", "granite hybrid") and not ON_GPU:
+            pytest.skip("this release has no recurrent layers for CPUs")
+        if name == "gemma3n":
+            pytest.skip("this release does not load the weights' names")
     config = config_class(**family.config)
     model = save(model_class, config, tmp_path, family.attention)
     prompts = random_prompts(*PROMPT_LENGTHS)
@@ -323,7 +326,7 @@ def test_reference_sliding_window(tmp_path: Path) -> None:
     """R-SWA: generated tokens see the prompt and the last 8; pages between go."""
     if "UnlimitedOCRForCausalLM" not in ModelRegistry.get_supported_archs():
         pytest.skip("this release has no model with R-SWA")
-    window, count = 8, 40
+    window, count = 8, 37
     config = transformers.LlamaConfig(**SHAPE)
     model = save(transformers.LlamaForCausalLM, config, tmp_path)
     # Unlimited-OCR's language model without experts is Llama's.
@@ -335,7 +338,7 @@ def test_reference_sliding_window(tmp_path: Path) -> None:
         first_k_dense_replace=SHAPE["num_hidden_layers"],
         moe_layer_freq=1,
     )
-    prompts = random_prompts(30, 5)
+    prompts = random_prompts(20, 5)
 
     def visible(query: torch.Tensor, key: torch.Tensor, prompt: int) -> torch.Tensor:
         return (key < prompt) | (query - key < window)
