@@ -156,10 +156,12 @@ def _insert_statements(module: cst.Module, scope: cst.CSTNode, edit: Edit):
             updated_node = super().on_leave(original_node, updated_node)
             if not any(original_node is target for target in targets):
                 return updated_node
-            if edit.where == "instead":
-                return cst.FlattenSentinel(statements)
             if edit.where == "before":
                 return cst.FlattenSentinel([*statements, updated_node])
+            if edit.where == "instead":
+                lines = [*updated_node.leading_lines, *lead_in]
+                head = first.with_changes(leading_lines=lines)
+                return cst.FlattenSentinel([head, *statements[1:]])
             return cst.FlattenSentinel([updated_node, *statements])
 
     return module.visit(Insert())

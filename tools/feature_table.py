@@ -48,7 +48,11 @@ FLAGS = [
         "supports_mm_prefix",
         f"{BACKEND}::test_images_are_seen_both_ways",
     ),
-    ("R-SWA", "supports_rswa", f"{FEATURES}::test_prefix_lens"),
+    (
+        "R-SWA",
+        "supports_rswa",
+        f"{BACKEND}::test_prompts_stay_in_sight_behind_a_window",
+    ),
     ("Sparse", "is_sparse", REFUSED),
     ("MLA", "is_mla", REFUSED),
     ("Per-head scales", "supports_per_head_quant_scales", REFUSED),

@@ -7,6 +7,7 @@ batch, a metadata builder for a group of layers, then each layer's calls.
 """
 
 import gc
+import inspect
 import math
 import weakref
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from copy import copy
 from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ from tests.kernels.attention.conch_reference import (
 from vllm.attention.ops.conch import hopper_fp8_prefill, hopper_prefill
 from vllm.attention.ops.conch.plan import Device
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.config.cache import CacheDType
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     kFp8DynamicTokenSym,
     kFp8StaticTensorSym,
@@ -66,6 +68,7 @@ from vllm.v1.attention.backends.conch_base import (
     bound_kv_cache,
     key_value_views,
 )
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 # (query_len, tokens already in the cache) of each sequence.
 BATCHES = {
@@ -87,10 +90,14 @@ def make_config(
     num_speculative_tokens: int | None = None,
     cudagraph_mode: CUDAGraphMode = CUDAGraphMode.NONE,
     dtype: torch.dtype = torch.float32,
+    rswa_window: int | None = None,
 ) -> VllmConfig:
     config = VllmConfig()
     config.model_config = SimpleNamespace(
-        max_model_len=MAX_MODEL_LEN, is_mm_prefix_lm=False, dtype=dtype
+        max_model_len=MAX_MODEL_LEN,
+        is_mm_prefix_lm=False,
+        dtype=dtype,
+        rswa_window=rswa_window,
     )
     config.scheduler_config.max_num_seqs = 8
     config.scheduler_config.max_num_batched_tokens = MAX_NUM_TOKENS
@@ -277,6 +284,8 @@ class Engine:
             alibi_sqrt=impl.alibi_sqrt,
             mm_prefix_range=metadata.mm_prefix_range,
             mm_prefix_in_window=in_window,
+            prefix_lens=metadata.prefix_lens,
+            chunk_lookback=impl.schedule_key.chunk_lookback,
         )
 
     def check(self, layer: Any, metadata: Any) -> None:
@@ -484,6 +493,116 @@ def test_images_are_seen_both_ways(in_window: bool) -> None:
         engine.check(layer, metadata)
     common.mm_req_doc_ranges = None
     assert builder.build(0, common).mm_prefix_range is None
+
+
+@pytest.mark.parametrize("batch", ["decode", "mixed", "verify"])
+def test_chunks_with_lookback(batch: str) -> None:
+    """Chunks of 20 and of 8 keys, beside a window: three schedules."""
+    chunks = {"sliding_window": 40, "chunk_lookback": 1}
+    short = {"attention_chunk_size": 8}
+    layers = [chunks, {"sliding_window": 40}, short, chunks]
+    engine = Engine(layers)
+    assert len(engine.builder.schedules) == 3
+    engine.step(BATCHES[batch])
+
+
+def test_chunks_without_a_window_are_none() -> None:
+    """As with --disable-sliding-window: the whole sequence is seen."""
+    engine = Engine([{"chunk_lookback": 1}])
+    assert engine.layers[0].impl.schedule_key.chunk_lookback == -1
+    engine.step(BATCHES["decode"])
+
+
+needs_rswa = pytest.mark.skipif(
+    not hasattr(ConchAttentionBackend, "supports_rswa"),
+    reason="this release has no reference sliding window",
+)
+
+
+def keep_prompt_and_window(
+    engine: Engine, prompts: Sequence[int], window: int, num_computed: Sequence[int]
+) -> None:
+    """Frees the pages between, as vLLM's manager does: block 0 stands in for them."""
+    for row, (prompt, computed) in enumerate(zip(prompts, num_computed)):
+        first = -(-prompt // BLOCK_SIZE)
+        end = max(prompt, computed - window) // BLOCK_SIZE
+        engine.block_table[row, first : max(first, end)] = 0
+
+
+@needs_rswa
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_prompts_stay_in_sight_behind_a_window(kv_cache_dtype: str) -> None:
+    """R-SWA; prompts are whole, chunked, generated from, shorter than a page."""
+    lengths = [(1, 190), (30, 0), (1, 130), (20, 33), (3, 90)]
+    prompts = [37, 30, 5, 90, 16]
+    engine = Engine(rswa_window=24, kv_cache_dtype=kv_cache_dtype)
+    common = engine.fill(lengths)
+    common.rswa_prefix_lens = torch.tensor(prompts, dtype=torch.int32)
+    metadata = engine.builder.build(0, common)
+    assert metadata.prefix_lens.tolist() == prompts
+    (layer,) = engine.layers
+    engine.check(layer, metadata)
+    # Nothing is missed of the pages between prompt and window.
+    pages = engine.block_table.clone()
+    query, key, value = engine.new_tokens(layer, metadata.num_actual_tokens)
+    query, outputs = engine.as_passed(layer, query), []
+    for cache in layer.caches:
+        cache[0] = 100.0
+    for _ in range(2):
+        outputs.append(torch.full(query.shape, SENTINEL, device=DEVICE))
+        run_layer(layer, query, key, value, metadata, outputs[-1])
+        keep_prompt_and_window(engine, prompts, 24, [c for _, c in lengths])
+    assert not torch.equal(engine.block_table, pages)
+    assert torch.equal(*outputs)
+
+
+@needs_rswa
+def test_batches_without_prompt_lengths_see_all() -> None:
+    """What dummy and draft batches get; a graph captured so replays with lengths."""
+    engine = Engine(rswa_window=24)
+    metadata = engine.builder.build(0, engine.fill(BATCHES["decode"]))
+    buffer = metadata.prefix_lens.data_ptr()
+    engine.check(engine.layers[0], metadata)
+    common = engine.fill(BATCHES["decode"], padded_reqs=2)
+    common.rswa_prefix_lens = torch.tensor([3, 1, 9, 40], dtype=torch.int32)
+    metadata = engine.builder.build(0, common)
+    assert metadata.prefix_lens.data_ptr() == buffer
+    assert not engine.builder.supports_draft_decode_metadata_update
+    engine.check(engine.layers[0], metadata)
+    engine.layers[0].impl.run_dummy_batches(engine.layers[0])
+
+
+@needs_rswa
+def test_rswa_refuses_what_would_not_be_it() -> None:
+    engine = Engine(rswa_window=24)
+    with pytest.raises(ValueError, match="only one of sliding_window 16"):
+        engine.make_impl("auto", sliding_window=16)
+    engine.config.attention_config.use_non_causal = True
+    with pytest.raises(ValueError, match="non-causal attention with R-SWA"):
+        engine.make_impl("auto")
+
+    config = selector_config(use_rswa=True, use_non_causal=True)
+    (reason,) = ConchAttentionBackend.validate_configuration(**config)
+    assert reason == "non-causal attention with R-SWA not supported"
+
+
+@needs_rswa
+def test_prefix_lm_is_warmed_up_as_it_runs() -> None:
+    """All of a prompt sees itself, in decoders too: no causal kernels to compile."""
+    engine = Engine()
+    (layer,) = engine.layers
+    assert layer.impl.causal_modes(torch.device(DEVICE)) == (True,)
+    spec = replace(engine.builder.kv_cache_spec, non_causal=True)
+    layer.impl.see_layer(layer, spec)
+    assert layer.impl.causal_modes(torch.device(DEVICE)) == (False,)
+
+
+@needs_rswa
+def test_chunks_refuse_non_causal_attention() -> None:
+    engine = Engine()
+    engine.config.attention_config.use_non_causal = True
+    with pytest.raises(ValueError, match="non-causal attention with chunks"):
+        engine.make_impl("auto", sliding_window=16, chunk_lookback=1)
 
 
 def test_shared_cache_is_not_written() -> None:
@@ -1127,6 +1246,8 @@ SUPPORTED = [
     {"use_adaptive_verification": True},
     {"use_dcp": True},
     {"has_sink": True},
+    {"use_rswa": True},
+    *([{"use_mm_prefix": True}] if ConchAttentionBackend.supports_mm_prefix() else []),
     {"attn_type": AttentionType.DECODER},
     {"attn_type": AttentionType.ENCODER},
     {"attn_type": AttentionType.ENCODER_ONLY},
@@ -1153,7 +1274,6 @@ UNSUPPORTED = [
     ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),
     ({"use_batch_invariant": True}, "batch invariance not supported"),
     ({"use_pcp": True}, "PCP not supported"),
-    ({"use_rswa": True}, "R-SWA not supported"),
     ({"attn_type": "prefix"}, "attention type prefix not supported"),
 ]
 
@@ -1172,6 +1292,37 @@ def test_unsupported_configurations(changes: dict[str, Any], reason: str) -> Non
         pytest.skip("this release does not ask for it")
     (only,) = ConchAttentionBackend.validate_configuration(**config)
     assert reason in only
+
+
+def test_every_question_of_the_selector_is_asked_above() -> None:
+    """A release that asks for something new has to be answered for."""
+    asked = {name for changes in SUPPORTED for name in changes}
+    asked |= {name for changes, _ in UNSUPPORTED for name in changes}
+    assert asked >= set(AttentionSelectorConfig._fields)
+
+
+def test_every_cache_format_is_taken_or_refused() -> None:
+    for kv_cache_dtype in get_args(CacheDType):
+        dtype = getattr(torch, kv_cache_dtype, torch.float16)
+        dtype = dtype if dtype.itemsize == 2 else torch.float16
+        config = selector_config(kv_cache_dtype=kv_cache_dtype, dtype=dtype)
+        reasons = ConchAttentionBackend.validate_configuration(**config)
+        taken = kv_cache_dtype in ConchAttentionBackend.supported_kv_cache_dtypes
+        named = [f"kv_cache_dtype {kv_cache_dtype} not" in reason for reason in reasons]
+        assert named == ([] if taken else [True])
+
+
+@pytest.mark.skipif(
+    "head_size_v" not in inspect.signature(FullAttentionSpec).parameters,
+    reason="with this release all layers have K and V of one size",
+)
+def test_keys_and_values_of_two_sizes_are_refused() -> None:
+    engine = Engine()
+    spec = replace(engine.builder.kv_cache_spec, head_size_v=HEAD_SIZE // 2)
+    with pytest.raises(ValueError, match="head_size_v .* differs from head_size"):
+        ConchAttentionMetadataBuilder(
+            spec, ["layer.0"], engine.config, torch.device(DEVICE)
+        )
 
 
 def test_all_reasons_at_once() -> None:
@@ -1220,13 +1371,11 @@ def test_layer_refuses_with_every_reason() -> None:
         engine.make_impl(
             "fp8_inc",
             attn_type="prefix",
-            chunk_lookback=3,
             attention_bias=torch.zeros(1),
         )
     for reason in (
         "kv_cache_dtype fp8_inc not supported",
         "attention type prefix not supported",
-        "chunk_lookback not supported",
         "attention_bias not supported",
         "--attention-backend",
     ):

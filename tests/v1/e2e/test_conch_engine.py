@@ -124,6 +124,31 @@ def test_preemption(llama: tuple[str, PreTrainedModel], steps: Steps) -> None:
     assert steps.num_calls > 0
 
 
+def test_kv_connector(
+    llama: tuple[str, PreTrainedModel], steps: Steps, tmp_path: Path
+) -> None:
+    """KV of whole pages, saved by one run, saves another the prefill."""
+    if not hasattr(conch_attn.ConchAttentionBackend, "supports_kv_connector"):
+        pytest.skip("this release's example connector knows no cache but FLASH_ATTN's")
+    folder, model = llama
+    prompts = random_prompts(50, 37)
+    expected = expected_tokens(model, prompts, 4)
+    with engine(
+        folder,
+        enable_prefix_caching=False,
+        kv_transfer_config={
+            "kv_connector": "ExampleConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+        },
+    ) as llm:
+        assert generate(llm, prompts, 4) == expected
+        assert list(tmp_path.rglob("*.safetensors"))
+        steps.batches.clear()
+        assert generate(llm, prompts, 4) == expected
+    assert {(2, 50), (5, 37)} <= {pair for batch in steps.batches for pair in batch}
+
+
 def test_sliding_window(tmp_path: Path, steps: Steps) -> None:
     config = MistralConfig(**SHAPE, sliding_window=24)
     model = save(MistralForCausalLM, config, tmp_path)

@@ -541,7 +541,8 @@ def varlen_attention(
         mm_prefix_in_window: of its range a token does not see what lies before its
             window.
         prefix_lens: [num_seqs] int32; tokens see so many keys from the beginning,
-            besides those in the window. Only with a window, and causal.
+            besides those in the window. Only with a window, and causal. The keys and
+            values between are not seen, but are read: they must be finite.
         chunk_lookback: 0 or more: the window is not that of each token; the sequence
             is cut into chunks of sliding_window // (chunk_lookback + 1) keys, and a
             token sees its own and so many before. Only if causal. -1: no chunks.

@@ -36,7 +36,6 @@ from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends import conch_dcp
 from vllm.v1.attention.backends.conch_base import (
-    NEUTRAL_ARGUMENTS,
     PAGE_MULTIPLE,
     AttentionCGSupport,
     AttentionLayer,
@@ -53,6 +52,8 @@ from vllm.v1.attention.backends.conch_base import (
     key_value_views,
     max_decode_query_len,
     mm_prefix_ranges,
+    rswa_prefix_lens,
+    rswa_window,
 )
 from vllm.v1.attention.backends.conch_pages import BatchPages, pages_of_batch
 
@@ -62,6 +63,9 @@ MAX_HEAD_SIZE = 512
 # A query length for every variant of the attention kernels that a plan may choose;
 # longer ones than the last need no other.
 WARM_UP_QUERY_LENS = (1, 2, 4, 8, 16, 32)
+
+# A prefix that holds every key: what a batch without prefix lengths is given.
+WHOLE_SEQUENCE = 2**31 - 1
 
 # Encoders attend to the keys and values of the batch itself, there is no cache.
 ENCODER_TYPES = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
@@ -81,6 +85,8 @@ class ScheduleKey(NamedTuple):
     num_heads: int
     sliding_window: int | None
     mm_prefix_in_window: bool
+    chunk_lookback: int  # -1: a window, no chunks
+    sees_prompt: bool  # behind the window, too: R-SWA
 
 
 def fp8_cache_dtype(kv_cache_dtype: str) -> torch.dtype | None:
@@ -164,6 +170,8 @@ def unsupported_by_device(
     return reasons
 
 
+NON_CAUSAL_RSWA = "non-causal attention with R-SWA not supported"
+
 # vLLM's short reasons, in whose place `unsupported` gives the whole ones.
 BRIEF_REASONS = (
     "head_size not supported",
@@ -239,6 +247,8 @@ class ConchAttentionBackend(ConchBackendBase):
                 )
             if reason not in brief:
                 reasons.append(reason)
+        if configuration.get("use_rswa") and configuration.get("use_non_causal"):
+            reasons.append(NON_CAUSAL_RSWA)
         return reasons
 
 
@@ -258,6 +268,7 @@ class ConchAttentionMetadata:
     slot_mapping: torch.Tensor  # [num_actual_tokens]; cross-attention: of K and V
     causal: bool | torch.Tensor  # a tensor: [num_reqs], a flag for each sequence
     mm_prefix_range: torch.Tensor | None  # [num_reqs, num_ranges, 2] seen both ways
+    prefix_lens: torch.Tensor | None  # [num_reqs] of R-SWA: tokens that all see
     schedules: dict[ScheduleKey, VarlenSchedule]
     share: conch_dcp.Share | None = None  # where ranks share the keys
 
@@ -283,10 +294,11 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         self.schedules: dict[ScheduleKey, VarlenSchedule] = {}
         self.encoder_pages: BatchPages | None = None
         self.shares: conch_dcp.Shares | None = None
+        self.prefix_lens: torch.Tensor | None = None
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:
             for impl in conch_impls(layers[name]):
-                impl.see_layer(layers[name])
+                impl.see_layer(layers[name], kv_cache_spec)
                 if impl.schedule_key not in self.schedules:
                     schedule = impl.make_schedule(kv_cache_spec.block_size, device)
                     self.schedules[impl.schedule_key] = schedule
@@ -298,6 +310,10 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
                         if self.shares is None:
                             self.shares = conch_dcp.Shares(impl.peers(), schedule)
                         self.shares.add(impl, device)
+                    if impl.schedule_key.sees_prompt and self.prefix_lens is None:
+                        self.prefix_lens = torch.zeros(
+                            schedule.max_num_seqs, dtype=torch.int32, device=device
+                        )
 
     @classmethod
     def get_cudagraph_support(
@@ -343,6 +359,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             slot_mapping=common.slot_mapping,
             causal=common.causal,
             mm_prefix_range=mm_prefix_ranges(common),
+            prefix_lens=self.update_prefix_lens(common),
             schedules=self.schedules,
             share=share,
         )
@@ -356,6 +373,24 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         # The schedules are computed from the lengths, so these come first.
         common_attn_metadata.seq_lens.fill_(1)
         return self.build(0, common_attn_metadata)
+
+    def update_prefix_lens(
+        self, common: CommonAttentionMetadata
+    ) -> torch.Tensor | None:
+        """The batch's prefix lengths in a buffer that CUDA graphs can keep.
+
+        A batch without them, as for a graph's capture, sees all keys: by the same
+        kernels, which can so replay any other.
+        """
+        if self.prefix_lens is None:
+            return None
+        prefix_lens = self.prefix_lens[: common.seq_lens.shape[0]]
+        lengths = rswa_prefix_lens(common)
+        if lengths is None:
+            return prefix_lens.fill_(WHOLE_SEQUENCE)
+        # Padding requests may have no length, and need none.
+        prefix_lens[: lengths.shape[0]].copy_(lengths, non_blocking=True)
+        return prefix_lens
 
     def launch_query_len(self, common: CommonAttentionMetadata) -> int:
         """The query length that a batch's kernels are chosen for.
@@ -406,6 +441,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
                 num_tokens=metadata.num_actual_tokens,
                 mm_prefix_range=metadata.mm_prefix_range,
                 mm_prefix_in_window=key.mm_prefix_in_window,
+                prefix_lens=metadata.prefix_lens if key.sees_prompt else None,
             )
 
 
@@ -435,6 +471,8 @@ class ConchAttentionImpl(ConchImplBase):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
         use_alibi_sqrt: bool = False,
+        chunk_lookback: int = -1,
+        attention_chunk_size: int | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__()
@@ -442,7 +480,6 @@ class ConchAttentionImpl(ConchImplBase):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_size = head_size
         self.scale = float(scale)
-        self.sliding_window = sliding_window
         self.softcap = logits_soft_cap or 0.0
         self.kv_cache_dtype = kv_cache_dtype
         self.attn_type = attn_type
@@ -450,11 +487,23 @@ class ConchAttentionImpl(ConchImplBase):
         self.fp8_dtype = None if self.is_encoder else fp8_cache_dtype(kv_cache_dtype)
         self.dtype = torch.get_default_dtype()  # the model's, while it is built
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.schedule_key = ScheduleKey(num_heads, sliding_window, False)
         self.sinks = sinks
         self.alibi_sqrt = use_alibi_sqrt
         self.alibi_slopes: torch.Tensor | None = None
         self.vllm_config = get_current_vllm_config()
+        reference_window = None
+        if attn_type == AttentionType.DECODER:
+            reference_window = rswa_window(self.vllm_config)
+        sees_prompt = reference_window is not None
+        windows = (sliding_window, attention_chunk_size, reference_window)
+        if sliding_window is None:
+            chunk_lookback = -1  # chunks are parts of a window
+        if attention_chunk_size is not None:
+            chunk_lookback = 0
+        self.sliding_window = next((w for w in windows if w is not None), None)
+        self.schedule_key = ScheduleKey(
+            num_heads, self.sliding_window, False, chunk_lookback, sees_prompt
+        )
         if alibi_slopes is not None:
             self.alibi_slopes = torch.tensor(
                 alibi_slopes,
@@ -464,6 +513,7 @@ class ConchAttentionImpl(ConchImplBase):
         if not self.is_encoder:
             self.num_shares = self.dcp_world_size
         self.supports_quant_query_input = self.prefers_fp8_queries()
+        self.is_never_causal = attn_type != AttentionType.DECODER
         # K and V views of the bound cache, which would cost every call anew. The
         # engine gives up the cache that it profiles with, and so do these.
         self.kv_cache: Callable[[], torch.Tensor | None] = lambda: None
@@ -490,10 +540,21 @@ class ConchAttentionImpl(ConchImplBase):
             reasons += conch_dcp.unsupported(self)
         if self.pcp_world_size > 1:
             reasons.append("prefill context parallelism (PCP) not supported")
-        for name, value in arguments.items():
-            neutral = NEUTRAL_ARGUMENTS.get(name)
-            if isinstance(value, torch.Tensor) or value != neutral:
-                reasons.append(f"{name} not supported")
+        if windows.count(None) < len(windows) - 1:
+            reasons.append(
+                f"only one of sliding_window {sliding_window}, attention_chunk_size "
+                f"{attention_chunk_size} and R-SWA window {reference_window} supported"
+            )
+        if attends_both_ways(self.vllm_config):
+            if sees_prompt:
+                reasons.append(NON_CAUSAL_RSWA)
+            if chunk_lookback >= 0:
+                reasons.append("non-causal attention with chunks not supported")
+        reasons += [
+            f"{name} not supported"
+            for name, value in arguments.items()
+            if value is not None
+        ]
         if reasons:
             raise ValueError(
                 "CONCH cannot run this model's attention: "
@@ -505,11 +566,14 @@ class ConchAttentionImpl(ConchImplBase):
         """Whether vLLM's layer should quantise queries, with its q_scale.
 
         Where the prefill kernel for Q, K and V in fp8 runs, which takes neither sinks
-        nor ALiBi. Elsewhere a query of 16 bits is no slower, and more accurate.
+        nor ALiBi, nor chunks or a prefix. Elsewhere a query of 16 bits is no slower,
+        and more accurate.
         """
         if not current_platform.is_cuda() or self.dtype not in HOPPER_DTYPES:
             return False
         if self.sinks is not None or self.alibi_slopes is not None:
+            return False
+        if self.schedule_key.chunk_lookback >= 0 or self.schedule_key.sees_prompt:
             return False
         if self.num_shares > 1:  # queries are gathered, and ranks may scale unlike
             return False
@@ -526,8 +590,10 @@ class ConchAttentionImpl(ConchImplBase):
         is_fp8 = self.supports_quant_query_input
         return self.fp8_dtype if is_fp8 and self.fp8_dtype else self.dtype
 
-    def see_layer(self, layer: AttentionLayer) -> None:
+    def see_layer(self, layer: AttentionLayer, spec: AttentionSpec) -> None:
         """Takes over what models set on a layer after they have made it."""
+        # A decoder of a prefix LM has all of its prompts see each other.
+        self.is_never_causal |= getattr(spec, "non_causal", False)
         in_window = getattr(layer, "mm_prefix_clamp_sliding_window", False)
         self.schedule_key = self.schedule_key._replace(mm_prefix_in_window=in_window)
 
@@ -655,6 +721,8 @@ class ConchAttentionImpl(ConchImplBase):
             alibi_sqrt=self.alibi_sqrt,
             mm_prefix_range=metadata.mm_prefix_range,
             mm_prefix_in_window=self.schedule_key.mm_prefix_in_window,
+            prefix_lens=metadata.prefix_lens if self.schedule_key.sees_prompt else None,
+            chunk_lookback=self.schedule_key.chunk_lookback,
             output_scale=output_scale,
         )
         if is_repeatable:
@@ -688,6 +756,7 @@ class ConchAttentionImpl(ConchImplBase):
             kv_dtype=self.dtype if self.fp8_dtype is None else self.fp8_dtype,
             device=device,
             sliding_window=self.sliding_window,
+            chunk_lookback=self.schedule_key.chunk_lookback,
             decode_query_len=decode_query_len,
             # TMA would read all slots of pages that end behind the batch.
             portable=of_batch,
@@ -734,7 +803,7 @@ class ConchAttentionImpl(ConchImplBase):
 
     def causal_modes(self, device: torch.device) -> tuple[bool | torch.Tensor, ...]:
         """What a batch of one sequence may have as `causal`."""
-        if self.attn_type != AttentionType.DECODER:
+        if self.is_never_causal:
             return (False,)
         if not attends_both_ways(self.vllm_config):
             return (True,)
@@ -803,6 +872,7 @@ class ConchAttentionImpl(ConchImplBase):
             slot_mapping=torch.full((query_len,), -1, device=device),
             causal=causal,
             mm_prefix_range=None,
+            prefix_lens=integers(1) if self.schedule_key.sees_prompt else None,
             schedules={self.schedule_key: schedule},
         )
         seq_lens = metadata.seq_lens
@@ -816,6 +886,7 @@ class ConchAttentionImpl(ConchImplBase):
             max_query_len=query_len,
             num_tokens=query_len,
             mm_prefix_in_window=self.schedule_key.mm_prefix_in_window,
+            prefix_lens=metadata.prefix_lens,
         )
         kv_cache = bound_kv_cache(layer)
         self.write_kv_cache(layer, key, value, kv_cache, metadata.slot_mapping)

@@ -40,7 +40,6 @@ __all__ = [
     "ConchBackendBase",
     "ConchBuilderBase",
     "ConchImplBase",
-    "NEUTRAL_ARGUMENTS",
     "PAGE_MULTIPLE",
     "attends_both_ways",
     "bound_kv_cache",
@@ -51,16 +50,14 @@ __all__ = [
     "key_value_views",
     "max_decode_query_len",
     "mm_prefix_ranges",
+    "rswa_prefix_lens",
+    "rswa_window",
 ]
 
 PAGE_MULTIPLE = 16  # pages hold a multiple of so many tokens
 
 # Variants that are compiled at the same time.
 WARM_UP_THREADS = 4
-
-# Arguments that models pass to their attention layers, each with the value that
-# stands for not using the feature.
-NEUTRAL_ARGUMENTS: dict[str, Any] = {}
 
 # Physical order of the logical KV cache dimensions (block, K or V, slot, head, dim).
 PHYSICAL_ORDERS = {"NHD": (0, 1, 2, 3, 4), "HND": (0, 1, 3, 2, 4)}
@@ -119,6 +116,16 @@ def host_seq_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
 def exchanges_all_to_all(vllm_config: VllmConfig) -> bool:
     """Whether DCP ranks send each other results: here they always add them up."""
     return False
+
+
+def rswa_window(vllm_config: VllmConfig) -> int | None:
+    """None: here no model has a reference sliding window."""
+    return None
+
+
+def rswa_prefix_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
+    """None, as `rswa_window`."""
+    return None
 
 
 class ConchBackendBase(AttentionBackend):

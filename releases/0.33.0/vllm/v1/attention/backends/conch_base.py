@@ -41,7 +41,6 @@ __all__ = [
     "ConchBackendBase",
     "ConchBuilderBase",
     "ConchImplBase",
-    "NEUTRAL_ARGUMENTS",
     "PAGE_MULTIPLE",
     "attends_both_ways",
     "bound_kv_cache",
@@ -52,6 +51,8 @@ __all__ = [
     "key_value_views",
     "max_decode_query_len",
     "mm_prefix_ranges",
+    "rswa_prefix_lens",
+    "rswa_window",
 ]
 
 PAGE_MULTIPLE = 16  # pages hold a multiple of so many tokens
@@ -61,10 +62,6 @@ PREFERRED_BLOCK_SIZE = 128
 
 # Physical layouts of the KV cache, best first. None: any, as the engine prefers.
 PREFERRED_KV_CACHE_LAYOUTS: tuple[KVCacheLayout, ...] | None = None
-
-# Arguments that models pass to their attention layers, each with the value that
-# stands for not using the feature.
-NEUTRAL_ARGUMENTS: dict[str, Any] = {"chunk_lookback": -1}
 
 
 def key_value_views(
@@ -82,7 +79,10 @@ def bound_kv_cache(layer: AttentionLayer) -> torch.Tensor:
 
 def attends_both_ways(vllm_config: VllmConfig) -> bool:
     """Whether the model's decoder layers may be asked for non-causal attention."""
-    return vllm_config.attention_config.use_non_causal
+    return (
+        vllm_config.attention_config.use_non_causal
+        or vllm_config.diffusion_config is not None
+    )
 
 
 def is_batch_invariant() -> bool:
@@ -105,6 +105,20 @@ def host_seq_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
 def exchanges_all_to_all(vllm_config: VllmConfig) -> bool:
     """Whether DCP ranks send each other results, instead of adding them up."""
     return vllm_config.parallel_config.dcp_comm_backend == "a2a"
+
+
+def rswa_window(vllm_config: VllmConfig) -> int | None:
+    """Keys that generated tokens see besides the prompt, themselves included (R-SWA).
+
+    None: the model does without.
+    """
+    model_config = vllm_config.model_config
+    return None if model_config is None else model_config.rswa_window
+
+
+def rswa_prefix_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
+    """[num_reqs] lengths of the prompts, on any device; None where not given."""
+    return common.rswa_prefix_lens
 
 
 class ConchBackendBase(AttentionBackend):
@@ -133,6 +147,10 @@ class ConchBackendBase(AttentionBackend):
         return True
 
     @classmethod
+    def supports_rswa(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_non_causal(cls) -> bool:
         return True
 
@@ -148,7 +166,7 @@ class ConchBackendBase(AttentionBackend):
 class ConchBuilderBase(AttentionMetadataBuilder):
     # Schedules are computed on the device from persistent tensors, so a speculator
     # can record their update in the CUDA graph of its draft steps.
-    supports_draft_decode_metadata_update: ClassVar[bool] = True
+    supports_draft_decode_metadata_update: bool = True
 
     def __init__(
         self,
@@ -158,6 +176,9 @@ class ConchBuilderBase(AttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if rswa_window(vllm_config) is not None:
+            # Prefix lengths are of the batch that build() saw.
+            self.supports_draft_decode_metadata_update = False
         if kv_cache_spec.head_size_v != kv_cache_spec.head_size:
             raise ValueError(
                 f"CONCH cannot run layers {layer_names}: head_size_v "
