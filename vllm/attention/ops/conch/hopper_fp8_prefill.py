@@ -20,6 +20,7 @@ from .hopper_prefill import (
     LOG2E,
     LONG_SEQUENCE_BYTES,
     check_alignment,
+    check_sinks,
     num_programs,
     rows_by_head,
 )
@@ -108,6 +109,7 @@ def hopper_fp8_prefill(
     sliding_window: int | None = None,
     softcap: float = 0.0,
     output_lse: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     config: Fp8Config | None = None,
 ) -> None:
     """Attention of the queries on a work list to their sequences' paged keys.
@@ -131,6 +133,7 @@ def hopper_fp8_prefill(
         sliding_window: keys a query sees, itself included; non-causal: both ways.
         softcap: logits become softcap * tanh(logits / softcap); 0: they do not.
         output_lse: optional [num_tokens, num_query_heads] fp32, contiguous.
+        sinks: as for `hopper_prefill.hopper_prefill`.
         config: tile and pipeline, default by head size.
     """
     from .hopper_fp8_prefill_kernel import hopper_fp8_prefill_kernel
@@ -146,6 +149,8 @@ def hopper_fp8_prefill(
                 "hopper_prefill for 16-bit tensors."
             )
         check_alignment(name, tensor)
+    if sinks is not None:
+        check_sinks(sinks, query)
     padded = max(64, triton.next_power_of_2(head_size))
     config = config or CONFIGS[padded]
     group = num_query_heads // num_kv_heads
@@ -175,6 +180,7 @@ def hopper_fp8_prefill(
         describe_tensor(value_cache, box),
         output,
         output_lse,
+        sinks,
         work,
         block_table,
         q_scale,
@@ -193,8 +199,9 @@ def hopper_fp8_prefill(
     variant = (
         query.device,
         output.dtype,
-        tuple(None if t is None else t.data_ptr() % 16 == 0 for t in arguments[3:10]),
-        arguments[10:12],
+        tuple(None if t is None else t.data_ptr() % 16 == 0 for t in arguments[3:11]),
+        None if sinks is None else sinks.dtype,
+        arguments[11:13],
         tuple(constants.values()),
     )
     grid = (num_programs(query.device), 1, 1)

@@ -53,7 +53,7 @@ PER_SEQUENCE = ("causal", "mm_prefix_range", "prefix_lens")
 # What the Hopper prefill kernels do not take.
 PORTABLE = {
     "16-bit": {"q_scale", "k_scale", "v_scale", *FEATURES} - {"sinks"},
-    "fp8": set(FEATURES),
+    "fp8": set(FEATURES) - {"sinks"},
 }
 
 
@@ -557,7 +557,7 @@ def varlen_attention(
         return
     if launches.hopper and is_aligned(query, key_cache, value_cache):
         prefill: Callable[..., None] = hopper_prefill.hopper_prefill
-        extras: dict[str, torch.Tensor | None] = dict(sinks=sinks)
+        extras: dict[str, torch.Tensor | None] = {}
         if plan.hopper == "fp8":
             prefill = hopper_fp8_prefill.hopper_fp8_prefill
             extras = dict(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
@@ -574,6 +574,7 @@ def varlen_attention(
             sliding_window=sliding_window,
             softcap=softcap,
             output_lse=output_lse,
+            sinks=sinks,
             **extras,
         )
     else:
