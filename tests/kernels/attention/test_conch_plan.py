@@ -421,6 +421,7 @@ def test_scratch_holds_every_plan_of_a_schedule(decode_query_len, group):
 HOPPER_PREFILLS = [
     ("bfloat16", "bfloat16", 128, ("16-bit", 128)),
     ("float16", "float16", 40, ("16-bit", 128)),
+    ("bfloat16", "bfloat16", 512, ("16-bit", 64)),
     ("float8_e4m3fn", "float8_e4m3fn", 64, ("fp8", 192)),
     ("float8_e4m3fn", "float8_e4m3fn", 48, ("fp8", 192)),
     ("float8_e4m3fn", "float8_e4m3fn", 128, ("fp8", 192)),
