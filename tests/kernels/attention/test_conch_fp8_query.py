@@ -86,7 +86,7 @@ def test_layouts(layout, lengths):
 @pytest.mark.parametrize(
     "features",
     [
-        {"sinks": torch.linspace(-2, 2, 4, device=DEVICE)},
+        {"sinks": torch.linspace(-3, 6, 4, device=DEVICE)},
         {"alibi_slopes": torch.linspace(0, 1, 4, device=DEVICE)},
         {"sliding_window": 20, "chunk_lookback": 1},
         {"sliding_window": 7},

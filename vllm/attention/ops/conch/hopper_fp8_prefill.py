@@ -85,8 +85,9 @@ def plan_launch(
 ) -> HopperLaunch:
     """Plans the attention of the queries on a work list to their sequences' paged keys.
 
-    Its tensors: output, output_lse, work, block_table, q_scale, k_scale, v_scale. All
-    of them, and the arguments, are as for `hopper_prefill.hopper_prefill`, except that
+    Its tensors: output, output_lse, sinks, work, block_table, q_scale, k_scale,
+    v_scale. They and the arguments are as for `hopper_prefill.hopper_prefill`, except
+    that
 
         query and the caches are e4m3fn, strides of the caches multiples of 16;
         q_scale, k_scale, v_scale are one fp32 each, above 0, on the device, by which

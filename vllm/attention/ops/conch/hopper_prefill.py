@@ -26,7 +26,7 @@ from .launch import Launch
 
 CAPABILITY = (9, 0)
 TRITON_VERSIONS = ("3.6.",)  # Gluon has no stable interface: what was tested
-HEAD_SIZES = range(40, 257, 8)  # 8: TMA's strides; smaller ones waste half the tile
+HEAD_SIZES = range(40, 513, 8)  # 8: TMA's strides; smaller ones waste half the tile
 DTYPES = (torch.bfloat16, torch.float16)
 SINK_DTYPES = (*DTYPES, torch.float32)
 CONSUMER_ROWS = 64
@@ -38,10 +38,12 @@ LOG2E = 1.4426950408889634
 class HopperConfig:
     """Tile and pipeline of a kernel."""
 
-    consumers: int  # warpgroups of 64 rows
+    consumers: int  # of 64 rows each
     block_n: int  # keys a tile
     stages: int  # tiles of K, and of V, in flight
+    warpgroups: int = 1  # of a consumer, which share its columns
     narrow_p: bool = False  # probabilities go around the loop in 16 bits, not 32
+    turns: bool = False  # two consumers take exponentials in turns
     softcap: str = "approx"  # tanh by the hardware's, or exactly by "exp2"
     row_block: int | None = None  # see `rows_by_head`
     q_stages: int = 1  # query tiles in flight
@@ -55,10 +57,14 @@ class HopperConfig:
 # By head size, padded. Measured on an H200, causal, 8k tokens, pages of 128: 470, 706
 # and 740 TFLOP/s. Tiles of 64 keys: 600 at 128. Three consumers: 461 at 64, 553 at 128.
 CONFIGS = {
-    64: HopperConfig(consumers=2, block_n=128, stages=2),
-    128: HopperConfig(consumers=2, block_n=128, stages=2),
+    64: HopperConfig(consumers=2, block_n=128, stages=3, narrow_p=True, turns=True),
+    128: HopperConfig(consumers=2, block_n=128, stages=2, narrow_p=True),
     256: HopperConfig(consumers=2, block_n=64, stages=2, narrow_p=True),
+    512: HopperConfig(consumers=1, block_n=64, stages=1, warpgroups=2),
 }
+# Largest softcap with which powers of two of the logits themselves, up to 2^72, leave
+# sums in fp32 and probabilities in bf16 all their bits.
+MAX_BOUND = 50.0
 # Bytes of K and V that all heads of one query tile read, from which heads are done
 # one after the other: L2 has 50 MiB.
 LONG_SEQUENCE_BYTES = 48 * 2**20
@@ -235,15 +241,18 @@ def plan_launch(
             PACK=pack,
             HEAD_TILES=num_query_heads // pack,
             CONSUMERS=config.consumers,
+            WARPGROUPS=config.warpgroups,
             STAGES=config.stages,
             CAUSAL=causal,
             WINDOWED=sliding_window is not None,
             WIDE_WINDOW=(sliding_window or 0) >= CONSUMER_ROWS + config.block_n,
             SOFTCAP=config.softcap if softcap else None,
+            BOUNDED=0 < softcap <= MAX_BOUND and query.dtype == torch.bfloat16,
             NARROW_P=config.narrow_p,
+            TURNS=config.turns,
             ROW_BLOCK=row_block,
             Q_STAGES=config.q_stages,
-            num_warps=4,
+            num_warps=4 * config.warpgroups,
         ),
     )
     page_box = (1, min(block_size & -block_size, config.block_n), 1, PANEL)

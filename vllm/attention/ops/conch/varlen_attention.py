@@ -53,7 +53,7 @@ PER_SEQUENCE = ("causal", "mm_prefix_range", "prefix_lens")
 # What the Hopper prefill kernels do not take.
 PORTABLE = {
     "16-bit": {"q_scale", "k_scale", "v_scale", *FEATURES} - {"sinks"},
-    "fp8": set(FEATURES),
+    "fp8": set(FEATURES) - {"sinks"},
 }
 
 
@@ -434,7 +434,7 @@ class PreparedAttention:
             work = (schedule.items, block_table)
             sinks = features[FEATURES.index("sinks")]
             self.hopper = launch.bind(
-                *((*work, *scales) if plan.hopper == "fp8" else (sinks, *work))
+                sinks, *work, *(scales if plan.hopper == "fp8" else ())
             )
         if config and launches.boxes and aligned:
             prefill, box = launches.boxes, (config.tile, shape.head_padded)

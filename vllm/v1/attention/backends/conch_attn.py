@@ -565,13 +565,13 @@ class ConchAttentionImpl(ConchImplBase):
     def prefers_fp8_queries(self) -> bool:
         """Whether vLLM's layer should quantise queries, with its q_scale.
 
-        Where the prefill kernel for Q, K and V in fp8 runs, which takes neither sinks
-        nor ALiBi, nor chunks or a prefix. Elsewhere a query of 16 bits is no slower,
-        and more accurate.
+        Where the prefill kernel for Q, K and V in fp8 runs, which takes neither
+        ALiBi nor chunks nor a prefix. Elsewhere a query of 16 bits is no slower, and
+        more accurate.
         """
         if not current_platform.is_cuda() or self.dtype not in HOPPER_DTYPES:
             return False
-        if self.sinks is not None or self.alibi_slopes is not None:
+        if self.alibi_slopes is not None:
             return False
         if self.schedule_key.chunk_lookback >= 0 or self.schedule_key.sees_prompt:
             return False
