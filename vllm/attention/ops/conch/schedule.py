@@ -18,6 +18,7 @@ from .decode import SEQUENCE_FIELDS, WORKER_FIELDS, decode_key_tiles, decode_row
 from .limits import first_seen_key
 from .plan import (
     MAX_DECODE_QUERY_LEN,
+    SEGMENT_BYTES,
     AttentionPlan,
     Shape,
     check_layer_shape,
@@ -272,7 +273,7 @@ def schedule_kernel(
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DECODE_BLOCK_M: tl.constexpr,
-    DECODE_TILE: tl.constexpr,
+    DECODE_TILE: tl.constexpr,  # or segment: what workers take several of
     ABREAST_TILES: tl.constexpr,  # heads abreast from so many tiles a worker; or None
     PREFILL_PACK: tl.constexpr,
     PREFILL_BLOCK_M: tl.constexpr,
@@ -366,6 +367,8 @@ class VarlenSchedule:
             many query tokens are decodes; the others are prefills.
         num_workers: programs of the decode kernel; None: as many as fit the device.
         portable: leave out kernels made for one architecture.
+        batch_invariant: a row's result has the same bits in every batch, and for
+            every length of the query that it belongs to; see `segments`.
     """
 
     def __init__(
@@ -385,6 +388,7 @@ class VarlenSchedule:
         decode_query_len: int = 1,
         num_workers: int | None = None,
         portable: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.shape = Shape(
@@ -404,6 +408,7 @@ class VarlenSchedule:
         self.sight = Sight(sliding_window, chunk_lookback, None, False, False)
         self.decode_query_len = decode_query_len
         self.portable = portable
+        self.batch_invariant = batch_invariant
         self.max_num_seqs = max_num_seqs
         self.max_num_tokens = max_num_tokens
         index = self.device.index
@@ -431,6 +436,9 @@ class VarlenSchedule:
             plan.decode.block_m, self.plan_for(MAX_DECODE_QUERY_LEN + 1).decode.block_m
         )
         slots = (2 * self.num_workers, block_m)
+        if batch_invariant:
+            row_bytes = 4 * self.shape.head_padded
+            slots = (max(2 * self.num_workers * block_m, SEGMENT_BYTES // row_bytes),)
         self.partials = (
             scratch(*slots, self.shape.head_padded),
             scratch(*slots),
@@ -441,12 +449,19 @@ class VarlenSchedule:
         self.num_seqs = 0
         self.work = self.items[:0]  # prefill items in use
         self.plan = plan
+        self.segment_slots = 0  # segments that a worker can leave; see `segments`
 
     def plan_for(self, max_query_len: int) -> AttentionPlan:
         """The plan of a batch whose longest query has max_query_len tokens."""
         if max_query_len > MAX_DECODE_QUERY_LEN:
             max_query_len = self.decode_query_len
-        return make_plan(self.shape, self.target, max_query_len, self.portable)
+        return make_plan(
+            self.shape,
+            self.target,
+            max_query_len,
+            self.portable,
+            self.batch_invariant,
+        )
 
     def max_items(self, num_tokens: int, num_seqs: int) -> int:
         """Bound of the number of prefill items of a batch."""
@@ -562,7 +577,7 @@ class VarlenSchedule:
             NUM_KV_HEADS=self.shape.num_kv_heads,
             GROUP=self.shape.group,
             DECODE_BLOCK_M=plan.decode.block_m,
-            DECODE_TILE=plan.decode.tile,
+            DECODE_TILE=plan.segment or plan.decode.tile,
             ABREAST_TILES=plan.abreast_tiles,
             PREFILL_PACK=plan.prefill_pack,
             PREFILL_BLOCK_M=plan.prefill_rows,
@@ -571,6 +586,8 @@ class VarlenSchedule:
             LANES=LANES,
         )
         self.plan = plan
+        rows = self.num_workers * plan.segment_rows
+        self.segment_slots = self.partials[1].numel() // rows - 1
         self.sight = sight
         self.max_query_len = max_query_len
         self.num_seqs = num_seqs
