@@ -41,6 +41,7 @@ class Case:
     block_size: int = 16
     dtype: torch.dtype = BF16
     kv_dtype: torch.dtype = BF16
+    batch_invariant: bool = False
     options: dict = field(default_factory=dict)
 
 
@@ -145,6 +146,7 @@ def record(case: Case, device) -> list[tuple]:
             sliding_window=case.options.get("sliding_window"),
             decode_query_len=case.decode_query_len,
             portable=True,
+            batch_invariant=case.batch_invariant,
         )
         lengths = integers(65), integers(64)
         work.update(*lengths, max_query_len=1000, num_tokens=tokens)

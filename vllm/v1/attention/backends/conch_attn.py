@@ -44,6 +44,7 @@ from vllm.v1.attention.backends.conch_base import (
     attends_both_ways,
     bound_kv_cache,
     conch_impls,
+    is_batch_invariant,
     key_value_views,
     max_decode_query_len,
     mm_prefix_ranges,
@@ -491,9 +492,12 @@ class ConchAttentionImpl(ConchImplBase):
         """Whether vLLM's layer should quantise queries, with its q_scale.
 
         Where the prefill kernel for Q, K and V in fp8 runs, which takes neither sinks
-        nor ALiBi. Elsewhere a query of 16 bits is no slower, and more accurate.
+        nor ALiBi, and is left out where results must not depend on the batch.
+        Elsewhere a query of 16 bits is no slower, and more accurate.
         """
         if not current_platform.is_cuda() or self.dtype not in HOPPER_DTYPES:
+            return False
+        if is_batch_invariant():
             return False
         if self.sinks is not None or self.alibi_slopes is not None:
             return False
@@ -620,6 +624,7 @@ class ConchAttentionImpl(ConchImplBase):
             decode_query_len=decode_query_len,
             # TMA would read all slots of pages that end behind the batch.
             portable=self.is_encoder,
+            batch_invariant=is_batch_invariant(),
         )
 
     def warm_up(self, layer: AttentionLayer) -> None:

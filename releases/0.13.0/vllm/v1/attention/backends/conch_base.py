@@ -21,6 +21,7 @@ from vllm.attention.backends.abstract import (
     MultipleOf,
 )
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.batch_invariant import vllm_is_batch_invariant
 from vllm.v1.attention.backends.utils import (
     AttentionCGSupport,
     AttentionMetadataBuilder,
@@ -43,6 +44,7 @@ __all__ = [
     "attends_both_ways",
     "bound_kv_cache",
     "conch_impls",
+    "is_batch_invariant",
     "key_value_views",
     "max_decode_query_len",
     "mm_prefix_ranges",
@@ -91,6 +93,11 @@ def max_decode_query_len(vllm_config: VllmConfig) -> int:
 def attends_both_ways(vllm_config: VllmConfig) -> bool:
     """Whether the model's decoder layers may be asked for non-causal attention."""
     return False
+
+
+def is_batch_invariant() -> bool:
+    """Whether results must not depend on the batch (VLLM_BATCH_INVARIANT=1)."""
+    return vllm_is_batch_invariant()
 
 
 def mm_prefix_ranges(common: CommonAttentionMetadata) -> torch.Tensor | None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+import vllm.envs as envs
 from vllm.config import VllmConfig
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
 from vllm.v1.attention.backend import (
@@ -43,6 +44,7 @@ __all__ = [
     "attends_both_ways",
     "bound_kv_cache",
     "conch_impls",
+    "is_batch_invariant",
     "key_value_views",
     "max_decode_query_len",
     "mm_prefix_ranges",
@@ -79,6 +81,11 @@ def attends_both_ways(vllm_config: VllmConfig) -> bool:
     return vllm_config.attention_config.use_non_causal
 
 
+def is_batch_invariant() -> bool:
+    """Whether results must not depend on the batch (VLLM_BATCH_INVARIANT=1)."""
+    return envs.VLLM_BATCH_INVARIANT
+
+
 def mm_prefix_ranges(common: CommonAttentionMetadata) -> torch.Tensor | None:
     """[num_reqs, num_ranges, 2] positions that see each other, None without any."""
     return compute_mm_prefix_range_tensor(
@@ -113,6 +120,10 @@ class ConchBackendBase(AttentionBackend):
 
     @classmethod
     def supports_non_causal(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
         return True
 
     @classmethod
