@@ -34,6 +34,7 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     gpu_only,
     hopper_config,
     poisoned_scratch,
+    products_in_order,
 )
 from tests.kernels.attention.conch_reference import (
     SENTINEL,
@@ -338,6 +339,7 @@ def test_batches(batch: str, dtype: torch.dtype) -> None:
     Engine(dtype=dtype).step(BATCHES[batch])
 
 
+@pytest.mark.usefixtures("products_in_order")
 def test_batch_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
     """A token has the same bits in a batch's prefill and as a decode alone."""
     monkeypatch.setattr(conch_attn, "is_batch_invariant", lambda: True)
