@@ -452,22 +452,23 @@ def fix_order(
     in the same order, without contraction of other products and sums.
     """
     wide = shape.head_padded
-    # As large as 64 rows of decode can have without spills; see plan_decode.
+    # The largest of 64 keys and 64 rows of decode that do not spill; see plan_decode.
     tile = min(64, max(16, 8192 // wide))
+    decode_rows = min(decode.block_m, max(16, 8192 // wide))
+    rows = prefill.block_m
     if device.backend == "interpreter" or shape.query_dtype.itemsize == 4:
-        tile = decode.tile
+        tile, decode_rows = decode.tile, decode.block_m
     elif is_rdna(device):
         tile = 16
-    rows = prefill.block_m
-    if device.backend == "cuda" and (
-        shape.kv_dtype != shape.query_dtype or device.arch // 10 == 10
+    elif device.backend == "cuda" and (
+        shape.kv_dtype in KV_FP8_DTYPES or device.arch // 10 == 10
     ):
-        # V is read in pairs in tiles of fewer than 64 rows. Blackwell has other matrix
-        # instructions from there on.
-        rows = min(rows, 32)
-        decode = with_rows(decode, min(decode.block_m, 32))
+        # V is read in pairs in tiles of fewer than 64 rows alone. From so many rows on
+        # Blackwell has other matrix instructions.
+        rows, decode_rows = min(rows, 32), min(decode_rows, 32)
     if device.arch == 90 and rows > 64 and wide > 64:
         rows = 64
+    decode = replace(decode, block_m=decode_rows)
     prefill = with_rows(replace(prefill, masked_tile=None, num_stages=2), rows)
     decode, prefill = (
         replace(
