@@ -469,7 +469,8 @@ def fix_order(
     if device.arch == 90 and rows > 64 and wide > 64:
         rows = 64
     decode = replace(decode, block_m=decode_rows)
-    prefill = with_rows(replace(prefill, masked_tile=None, num_stages=2), rows)
+    prefill = with_rows(replace(prefill, masked_tile=None), rows)
+    prefill = replace(prefill, num_warps=max(4, prefill.num_warps))
     decode, prefill = (
         replace(
             config,
