@@ -427,6 +427,9 @@ def test_fp8_queries_are_for_hoppers_kernel(
     for version, prefers in versions.items():
         monkeypatch.setattr(hopper_prefill, "TRITON_VERSIONS", (version,))
         assert impl.prefers_fp8_queries() == prefers
+    monkeypatch.setattr(conch_attn, "is_batch_invariant", lambda: True)
+    assert not impl.prefers_fp8_queries()
+    monkeypatch.setattr(conch_attn, "is_batch_invariant", lambda: False)
     impl.head_size = 512
     assert not impl.prefers_fp8_queries()
 
