@@ -207,7 +207,9 @@ def test_replay():
     longest, most = 16, 32
     static = make_step(pool, [(0, longest, LONG)] * 3)
     static = dataclasses.replace(
-        static, query=static.query[:most].clone(), block_table=static.block_table.clone()
+        static,
+        query=static.query[:most].clone(),
+        block_table=static.block_table.clone(),
     )
     output = torch.zeros_like(static.query)
     lse = torch.zeros(output.shape[:2], device=DEVICE)

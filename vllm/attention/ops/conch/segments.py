@@ -22,7 +22,7 @@ add in the same order.
 
 from vllm.triton_utils import tl, triton
 
-from .decode import WORKER_FIELDS, SEQUENCE_FIELDS, decode_key_tiles, load_sequence
+from .decode import SEQUENCE_FIELDS, WORKER_FIELDS, decode_key_tiles, load_sequence
 from .limits import first_seen_key, row_limits
 from .tile import (
     attend_tiles,
