@@ -56,7 +56,11 @@ FLAGS = [
     ("Sparse", "is_sparse", REFUSED),
     ("MLA", "is_mla", REFUSED),
     ("Per-head scales", "supports_per_head_quant_scales", REFUSED),
-    ("Batch invariance", "supports_batch_invariance", REFUSED),
+    (
+        "Batch invariance",
+        "supports_batch_invariance",
+        f"{BACKEND}::test_batch_invariance",
+    ),
     ("DCP", "supports_dcp", f"{DCP}::test_batches"),
     ("PCP", "supports_pcp", REFUSED),
     (

@@ -79,6 +79,26 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
+@pytest.fixture
+def products_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the interpreter add as matrix units do: each element in the same order.
+
+    In NumPy's product the order depends on where a row stands in its matrix.
+    """
+    if ON_GPU:
+        return
+    from triton.runtime import interpreter
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        total = d.data
+        rows = a.data.astype(total.dtype).T[:, :, None]
+        for column, row in zip(rows, b.data.astype(total.dtype)):
+            total = total + column * row
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     """Fills a tensor with NaN, or with what its dtype has that is as bad."""
     if tensor.dtype in FP8_DTYPES:

@@ -41,6 +41,7 @@ class Case:
     block_size: int = 16
     dtype: torch.dtype = BF16
     kv_dtype: torch.dtype = BF16
+    batch_invariant: bool = False
     options: dict = field(default_factory=dict)
 
 
@@ -64,6 +65,8 @@ CASES = {
     "256_rows": Case(256, group=8, decode_query_len=16),
     "256_fp8": Case(256, kv_dtype=E5M2),
     "512": Case(512),
+    "128_invariant": Case(128, batch_invariant=True),
+    "128_invariant_fp8": Case(128, kv_dtype=E5M2, batch_invariant=True),
 }
 # Most bytes that spill all the same, by target and kernel.
 SPILLS = {
@@ -134,6 +137,7 @@ def record(case: Case, device) -> list[tuple]:
             sliding_window=case.options.get("sliding_window"),
             decode_query_len=case.decode_query_len,
             portable=True,
+            batch_invariant=case.batch_invariant,
         )
         lengths = integers(65), integers(64)
         work.update(*lengths, max_query_len=1000, num_tokens=tokens)
@@ -212,7 +216,9 @@ MATRIX_UNITS = {
 }
 
 
-@pytest.mark.parametrize("kernel", ["decode_kernel", "prefill_kernel"])
+@pytest.mark.parametrize(
+    "kernel", ["decode_kernel", "segment_decode_kernel", "prefill_kernel"]
+)
 @pytest.mark.parametrize("name", TARGETS)
 def test_matrix_units(name, kernel, compiled):
     """Also a sign that the compiler has kept the loops at all."""
@@ -234,8 +240,23 @@ def test_wgmma_on_hopper(compiled):
                 assert found.products.keys() == {"HGMMA"}, (case_name, found)
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_one_kind_of_products_for_batch_invariance(name, compiled):
+    """Of Hopper's two, a test on it tells that they add alike."""
+    products = {
+        product
+        for kernel in ("segment_decode_kernel", "prefill_kernel")
+        for _, case, found in of_kernel(compiled[name], kernel)
+        for product in found.products
+        if case.batch_invariant
+    }
+    assert products == {"HMMA", "HGMMA"} if name == "sm90" else len(products) == 1
+
+
 def test_tensor_memory_on_blackwell(compiled):
     for case_name, case, found in of_kernel(compiled["sm100"], "prefill_kernel"):
+        if case.batch_invariant:
+            continue
         if case.dtype == BF16 and case.head_size <= 256:
             assert "UTCHMMA" in found.products, (case_name, found)
 

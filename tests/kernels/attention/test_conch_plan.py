@@ -487,3 +487,34 @@ def test_fp8_values_are_taken_apart_with_what_the_device_has(
 ):
     shape = Shape(32, 8, 128, 16, torch.bfloat16, kv_dtype)
     assert make_plan(shape, ALL_DEVICES[device], 1).unpacking == unpacking
+
+
+@settings(deadline=None, max_examples=200)
+@given(shapes, devices)
+def test_batch_invariance_is_for_every_length_of_a_query(shape, device):
+    """What decides about the order of sums; see `segments`."""
+    plans = [
+        make_plan(shape, device, length, batch_invariant=True)
+        for length in range(1, MAX_DECODE_QUERY_LEN + 1)
+    ]
+    kernels = [config for chosen in plans for config in configs(chosen)]
+    assert len({(config.tile, config.precision) for config in kernels}) == 1
+    assert {chosen.hopper for chosen in plans} == {None}
+    (segment,) = {chosen.segment for chosen in plans}
+    for config in kernels:
+        assert segment % config.tile == 0 and segment > config.tile
+        assert config.masked_tile in (None, config.tile)
+        assert config.constants()["enable_fp_fusion"] is False
+        if device.backend == "hip" and device.arch.startswith("gfx9"):
+            assert config.constants()["matrix_instr_nonkdim"] == 16
+        other_instructions = device.backend == "cuda" and device.arch // 10 == 10
+        pairs = device.backend == "cuda" and shape.kv_dtype.itemsize == 1
+        assert config.block_m < 64 or not (other_instructions or pairs)
+
+
+@settings(deadline=None)
+@given(shapes, devices, lengths)
+def test_slots_have_room_for_the_rows_of_a_decode(shape, device, length):
+    chosen = make_plan(shape, device, length, batch_invariant=True)
+    needed = min(shape.group * length, chosen.decode.block_m)
+    assert needed <= chosen.segment_rows <= chosen.decode.block_m

@@ -36,6 +36,7 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     gpu_only,
     hopper_config,
     poisoned_scratch,
+    products_in_order,
 )
 from tests.kernels.attention.conch_reference import (
     SENTINEL,
@@ -348,6 +349,40 @@ def test_batches(batch: str, dtype: torch.dtype) -> None:
     Engine(dtype=dtype).step(BATCHES[batch])
 
 
+@pytest.mark.usefixtures("products_in_order")
+def test_batch_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token has the same bits in a batch's prefill and as a decode alone."""
+    monkeypatch.setattr(conch_attn, "is_batch_invariant", lambda: True)
+    engine = Engine()
+    (schedule,) = engine.builder.schedules.values()
+    assert schedule.batch_invariant
+    engine.step(BATCHES["mixed"])
+    (layer,) = engine.layers
+    common = engine.fill([(20, 90), (9, 0), (1, 30)])
+    engine.fill_context(layer)
+    query, key, value = engine.new_tokens(layer, 30)
+    output, alone = torch.zeros_like(query), torch.zeros_like(query)
+    metadata = engine.builder.build(0, common)
+    run_layer(layer, query, key, value, metadata, output)
+    last = slice(19, 20)
+    common = replace(
+        common,
+        query_start_loc=torch.tensor([0, 1], dtype=torch.int32, device=DEVICE),
+        query_start_loc_cpu=torch.tensor([0, 1], dtype=torch.int32),
+        seq_lens=common.seq_lens[:1],
+        num_reqs=1,
+        num_actual_tokens=1,
+        max_query_len=1,
+        block_table_tensor=common.block_table_tensor[:1],
+        slot_mapping=common.slot_mapping[last],
+    )
+    metadata = engine.builder.build(0, common)
+    new = (tensor[last] for tensor in (query, key, value))
+    run_layer(layer, *new, metadata, alone[last])
+    assert torch.equal(alone[last], output[last])
+    engine.layers[0].impl.run_dummy_batches(engine.layers[0])
+
+
 @pytest.mark.parametrize("layout", KV_LAYOUTS)
 def test_every_kv_cache_layout(layout: str) -> None:
     Engine(layout=layout).step(BATCHES["mixed"])
@@ -402,6 +437,9 @@ def test_fp8_queries_are_for_hoppers_kernel(
     for version, prefers in versions.items():
         monkeypatch.setattr(hopper_prefill, "TRITON_VERSIONS", (version,))
         assert impl.prefers_fp8_queries() == prefers
+    monkeypatch.setattr(conch_attn, "is_batch_invariant", lambda: True)
+    assert not impl.prefers_fp8_queries()
+    monkeypatch.setattr(conch_attn, "is_batch_invariant", lambda: False)
     impl.head_size = 512
     assert not impl.prefers_fp8_queries()
 
@@ -1245,6 +1283,7 @@ SUPPORTED = [
     {"use_kv_connector": True},
     {"use_adaptive_verification": True},
     {"use_dcp": True},
+    {"use_batch_invariant": True},
     {"has_sink": True},
     {"use_rswa": True},
     *([{"use_mm_prefix": True}] if ConchAttentionBackend.supports_mm_prefix() else []),
@@ -1272,7 +1311,6 @@ UNSUPPORTED = [
         else [({"use_mm_prefix": True}, "partial multimodal token full attention")]
     ),
     ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),
-    ({"use_batch_invariant": True}, "batch invariance not supported"),
     ({"use_pcp": True}, "PCP not supported"),
     ({"attn_type": "prefix"}, "attention type prefix not supported"),
 ]

@@ -99,6 +99,8 @@ class Config:
     precision: str = "ieee"  # of products of fp32
     masked_tile: int | None = None  # keys, where prefill masks a tile; None: tile
     max_registers: int | None = None  # of a thread; None: the compiler's choice
+    fixed_order: bool = False  # see `fix_order`
+    mfma_rows: int | None = None  # of AMD's matrix instructions; None: by the tile
 
     def constants(self) -> dict[str, object]:
         """As the kernels' constexprs and options."""
@@ -111,6 +113,10 @@ class Config:
         )
         if self.max_registers is not None:
             options["maxnreg"] = self.max_registers
+        if self.fixed_order:
+            options["enable_fp_fusion"] = False
+        if self.mfma_rows is not None:
+            options["matrix_instr_nonkdim"] = self.mfma_rows
         return options
 
 
@@ -129,6 +135,10 @@ class AttentionPlan:
     unpacking: str  # of an fp8 V that is read in pairs; see tile.unpack_pairs
     num_workers: int  # programs of the decode kernel, all resident at once
     abreast_tiles: int | None  # see plan_abreast
+    # Batch invariance: keys of a segment (None: off), and rows of a decode tile that
+    # may be valid; see `segments`.
+    segment: int | None
+    segment_rows: int
 
 
 @cache
@@ -427,9 +437,59 @@ def hopper_kernel(shape: Shape, device: Device) -> str | None:
     return None
 
 
+# Keys of a segment, where results do not depend on the batch.
+SEGMENT = 512
+# The states of segments that decode's workers leave.
+SEGMENT_BYTES = 64 * 2**20
+
+
+def fix_order(
+    shape: Shape, device: Device, decode: Config, prefill: Config
+) -> tuple[Config, Config]:
+    """Decode and prefill with one order of all sums, whatever the number of rows.
+
+    The same tiles of keys for any length of a query, and matrix instructions that add
+    in the same order, without contraction of other products and sums.
+    """
+    wide = shape.head_padded
+    # The largest of 64 keys and 64 rows of decode that do not spill; see plan_decode.
+    tile = min(64, max(16, 8192 // wide))
+    decode_rows = min(decode.block_m, max(16, 8192 // wide))
+    rows = prefill.block_m
+    if device.backend == "interpreter" or shape.query_dtype.itemsize == 4:
+        tile, decode_rows = decode.tile, decode.block_m
+    elif is_rdna(device):
+        tile = 16
+    elif device.backend == "cuda" and (
+        shape.kv_dtype in KV_FP8_DTYPES or device.arch // 10 == 10
+    ):
+        # V is read in pairs in tiles of fewer than 64 rows alone. From so many rows on
+        # Blackwell has other matrix instructions.
+        rows, decode_rows = min(rows, 32), min(decode_rows, 32)
+    if device.arch == 90 and rows > 64 and wide > 64:
+        rows = 64
+    decode = replace(decode, block_m=decode_rows)
+    prefill = with_rows(replace(prefill, masked_tile=None), rows)
+    prefill = replace(prefill, num_warps=max(4, prefill.num_warps))
+    decode, prefill = (
+        replace(
+            config,
+            tile=tile,
+            fixed_order=True,
+            mfma_rows=16 if device.backend == "hip" and not is_rdna(device) else None,
+        )
+        for config in (decode, prefill)
+    )
+    return decode, prefill
+
+
 @cache
 def make_plan(
-    shape: Shape, device: Device, max_query_len: int, portable: bool = False
+    shape: Shape,
+    device: Device,
+    max_query_len: int,
+    portable: bool = False,
+    batch_invariant: bool = False,
 ) -> AttentionPlan:
     """Chooses for batches whose decodes have at most max_query_len query tokens.
 
@@ -438,8 +498,9 @@ def make_plan(
         device: to run on.
         max_query_len: longest query of a decode.
         portable: leave out kernels made for one architecture.
+        batch_invariant: see `segments`; implies portable.
     """
-    hopper = None if portable else hopper_kernel(shape, device)
+    hopper = None if portable or batch_invariant else hopper_kernel(shape, device)
     prefill, pack = plan_prefill(shape, device), shape.group
     boxes = plan_prefill_boxes(shape, device, prefill)
     rows = prefill.block_m
@@ -450,8 +511,16 @@ def make_plan(
     if hopper == "16-bit":
         prefill = with_rows(prefill, rows)
         boxes = with_rows(boxes, rows) if boxes else None
+    decode = plan_decode(shape, device, max_query_len)
+    abreast, segment = plan_abreast(shape, device), None
+    if batch_invariant:
+        decode, prefill = fix_order(shape, device, decode, prefill)
+        segment = 2 * decode.tile if device.backend == "interpreter" else SEGMENT
+        boxes, rows = None, prefill.block_m
+        if abreast is not None:
+            abreast = max(1, abreast * decode.tile // segment)
     return AttentionPlan(
-        decode=plan_decode(shape, device, max_query_len),
+        decode=decode,
         prefill=prefill,
         prefill_boxes=boxes,
         prefill_pack=pack,
@@ -460,5 +529,9 @@ def make_plan(
         hopper=hopper,
         unpacking=plan_unpacking(shape, device),
         num_workers=2 * device.num_units,
-        abreast_tiles=plan_abreast(shape, device),
+        abreast_tiles=abreast,
+        segment=segment,
+        segment_rows=min(
+            decode.block_m, triton.next_power_of_2(shape.group * max_query_len)
+        ),
     )

@@ -10,6 +10,7 @@ edge and at the sequence's end are masked; those between run without a mask.
 from vllm.triton_utils import tl, triton
 
 from .limits import row_limits
+from .segments import clip, merge_states
 from .tile import (
     attend_tiles,
     load_query,
@@ -94,6 +95,69 @@ def limited_tile_bounds(limits, TILE: tl.constexpr, MASKED_TILE: tl.constexpr):
 
 
 @triton.jit
+def attend_ranges(
+    state, query, position, key_ptr, value_ptr, key_strides, value_strides, block_row,
+    before, seen_whole, after,  # ranges of tiles, see key_tile_bounds
+    keys_range, scales, sight, boxes,
+    HAS_BEFORE: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI_SQRT: tl.constexpr, TILE: tl.constexpr,
+    MASKED_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr, PRECISION: tl.constexpr, PAIRED_VALUES: tl.constexpr,
+    FIXED_ORDER: tl.constexpr,
+):  # fmt: skip
+    """Left edge of the window, then whole tiles, then diagonal and end."""
+    if HAS_BEFORE:
+        state = attend_tiles(
+            state, query, position, key_ptr, value_ptr, key_strides, value_strides,
+            block_row, before, keys_range, scales, sight, None,
+            CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True, MASKED_TILE,
+            BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, FIXED_ORDER,
+        )  # fmt: skip
+    state = attend_tiles(
+        state, query, position, key_ptr, value_ptr, key_strides, value_strides,
+        block_row, seen_whole, keys_range, scales, sight, boxes,
+        CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, False, TILE,
+        BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, FIXED_ORDER,
+    )  # fmt: skip
+    return attend_tiles(
+        state, query, position, key_ptr, value_ptr, key_strides, value_strides,
+        block_row, after, keys_range, scales, sight, None,
+        CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True, MASKED_TILE,
+        BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, FIXED_ORDER,
+    )  # fmt: skip
+
+
+@triton.jit
+def attend_segments(
+    query, position, key_ptr, value_ptr, key_strides, value_strides, block_row,
+    before, seen_whole, after, keys_range, scales, sight, boxes,
+    SEGMENT: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI_SQRT: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
+    PRECISION: tl.constexpr, PAIRED_VALUES: tl.constexpr,
+):  # fmt: skip
+    """The same, segment by segment, each from nothing; see `segments`."""
+    TILES: tl.constexpr = SEGMENT // TILE
+    acc, row_max, row_sum = start_state(BLOCK_M, HEAD_PADDED, None)
+    for segment in range(before[0] // TILES, tl.cdiv(after[1], TILES)):
+        begin, end = segment * TILES, (segment + 1) * TILES
+        later, later_max, later_sum = attend_ranges(
+            start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES),
+            query, position, key_ptr, value_ptr, key_strides, value_strides, block_row,
+            clip(before, begin, end), clip(seen_whole, begin, end),
+            clip(after, begin, end), keys_range, scales, sight, boxes,
+            HAS_BEFORE, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, TILE, TILE,
+            BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, True,
+        )  # fmt: skip
+        acc, row_max, row_sum = merge_states(
+            acc, row_max, row_sum,
+            whole(later, BLOCK_M, HEAD_PADDED, PAIRED_VALUES), later_max, later_sum,
+        )  # fmt: skip
+    return acc, row_max, row_sum
+
+
+@triton.jit
 def head_and_item(program, head_tiles, num_items, HEAD_LANES: tl.constexpr):
     """Which head tile and which item a program takes; see `plan.head_lanes`.
 
@@ -158,6 +222,7 @@ def prefill_kernel(
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,  # keys in a tile that every row sees whole
     MASKED_TILE: tl.constexpr,  # keys in other tiles
+    SEGMENT: tl.constexpr,  # keys; see `segments`; None: all keys in one
     PRECISION: tl.constexpr,
     PAIRED_VALUES: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -198,8 +263,9 @@ def prefill_kernel(
         q_scale_ptr, k_scale_ptr, v_scale_ptr, (scale, cap_scale), SOFTCAP
     )
     query, scales = load_query(
-        query_ptr, offsets, dims_valid, scales, key_ptr.dtype.element_ty, SOFTCAP
-    )
+        query_ptr, offsets, dims_valid, scales, key_ptr.dtype.element_ty, SOFTCAP,
+        SEGMENT is not None,
+    )  # fmt: skip
 
     if not LIMITED:
         limits: tl.constexpr = None
@@ -228,29 +294,25 @@ def prefill_kernel(
         boxes: tl.constexpr = None
     else:
         boxes = (key_boxes, value_boxes, kv_head)
-    state = start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
-    # Left edge of the window, then whole tiles, then diagonal and end.
-    if WINDOWED or LIMITED:
-        state = attend_tiles(
-            state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-            block_row, before, keys_range, scales, sight, None,
-            CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
-            MASKED_TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
+    HAS_BEFORE: tl.constexpr = WINDOWED or LIMITED
+    if SEGMENT is None:
+        acc, row_max, row_sum = attend_ranges(
+            start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES),
+            query, position, key_ptr, value_ptr, key_strides, value_strides, block_row,
+            before, seen_whole, after, keys_range, scales, sight, boxes,
+            HAS_BEFORE, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, TILE, MASKED_TILE,
+            BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, False,
         )  # fmt: skip
-    state = attend_tiles(
-        state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-        block_row, seen_whole, keys_range, scales, sight, boxes,
-        CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, False,
-        TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
-    )  # fmt: skip
-    acc, row_max, row_sum = attend_tiles(
-        state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-        block_row, after, keys_range, scales, sight, None,
-        CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
-        MASKED_TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
-    )  # fmt: skip
+        acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
+    else:
+        tl.static_assert(MASKED_TILE == TILE)
+        acc, row_max, row_sum = attend_segments(
+            query, position, key_ptr, value_ptr, key_strides, value_strides, block_row,
+            before, seen_whole, after, keys_range, scales, sight, boxes,
+            SEGMENT, BLOCK_M, HAS_BEFORE, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, TILE,
+            BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
+        )  # fmt: skip
 
-    acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
     target = (
         output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr, output_scale_ptr,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from .launch import Launch
 from .limits import first_seen_key
 from .plan import (
     MAX_DECODE_QUERY_LEN,
+    SEGMENT_BYTES,
     AttentionPlan,
     Shape,
     check_layer_shape,
@@ -273,7 +274,7 @@ def schedule_kernel(
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DECODE_BLOCK_M: tl.constexpr,
-    DECODE_TILE: tl.constexpr,
+    DECODE_TILE: tl.constexpr,  # or segment: what workers take several of
     ABREAST_TILES: tl.constexpr,  # heads abreast from so many tiles a worker; or None
     PREFILL_PACK: tl.constexpr,
     PREFILL_BLOCK_M: tl.constexpr,
@@ -367,6 +368,8 @@ class VarlenSchedule:
             many query tokens are decodes; the others are prefills.
         num_workers: programs of the decode kernel; None: as many as fit the device.
         portable: leave out kernels made for one architecture.
+        batch_invariant: a row's result has the same bits in every batch, and for
+            every length of the query that it belongs to; see `segments`.
     """
 
     def __init__(
@@ -386,6 +389,7 @@ class VarlenSchedule:
         decode_query_len: int = 1,
         num_workers: int | None = None,
         portable: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.shape = Shape(
@@ -405,6 +409,7 @@ class VarlenSchedule:
         self.sight = Sight(sliding_window, chunk_lookback, None, False, False)
         self.decode_query_len = decode_query_len
         self.portable = portable
+        self.batch_invariant = batch_invariant
         self.max_num_seqs = max_num_seqs
         self.max_num_tokens = max_num_tokens
         is_cpu = self.device.type == "cpu"  # that of "cpu:0" has an index too
@@ -430,6 +435,9 @@ class VarlenSchedule:
             plan.decode.block_m, self.plan_for(MAX_DECODE_QUERY_LEN + 1).decode.block_m
         )
         slots = (2 * self.num_workers, block_m)
+        if batch_invariant:
+            row_bytes = 4 * self.shape.head_padded
+            slots = (max(2 * self.num_workers * block_m, SEGMENT_BYTES // row_bytes),)
         self.partials = (
             scratch(*slots, self.shape.head_padded),
             scratch(*slots),
@@ -444,12 +452,19 @@ class VarlenSchedule:
         self.choice = 0
         self.choices = {(plan, self.sight): 0}
         self.launches: dict[int, Launch] = {}  # by choice
+        self.segment_slots = 0  # segments that a worker can leave; see `segments`
 
     def plan_for(self, max_query_len: int) -> AttentionPlan:
         """The plan of a batch whose longest query has max_query_len tokens."""
         if max_query_len > MAX_DECODE_QUERY_LEN:
             max_query_len = self.decode_query_len
-        return make_plan(self.shape, self.target, max_query_len, self.portable)
+        return make_plan(
+            self.shape,
+            self.target,
+            max_query_len,
+            self.portable,
+            self.batch_invariant,
+        )
 
     def max_items(self, num_tokens: int, num_seqs: int) -> int:
         """Bound of the number of prefill items of a batch."""
@@ -562,6 +577,8 @@ class VarlenSchedule:
             varying=(num_seqs, decode_query_len),
         )
         self.plan = plan
+        rows = self.num_workers * plan.segment_rows
+        self.segment_slots = self.partials[1].numel() // rows - 1
         self.sight = sight
         self.max_query_len = max_query_len
         self.num_seqs = num_seqs
@@ -581,7 +598,7 @@ class VarlenSchedule:
                 NUM_KV_HEADS=self.shape.num_kv_heads,
                 GROUP=self.shape.group,
                 DECODE_BLOCK_M=plan.decode.block_m,
-                DECODE_TILE=plan.decode.tile,
+                DECODE_TILE=plan.segment or plan.decode.tile,
                 ABREAST_TILES=plan.abreast_tiles,
                 PREFILL_PACK=plan.prefill_pack,
                 PREFILL_BLOCK_M=plan.prefill_rows,

@@ -45,6 +45,38 @@ def softmax_step(scores, scale, row_max, row_sum, MASKED: tl.constexpr):
 
 
 @triton.jit
+def sum_in_pairs(x):
+    """[M] sums of x [M, N], N a power of two from 8 on, in an order of their own.
+
+    Every addition is one of two numbers, so no layout of x over threads matters.
+    The order suits matrix units: pairs of columns, then blocks of 8 columns, the
+    farthest first, then the four pairs of a block.
+    """
+    M: tl.constexpr = x.shape[0]
+    BLOCKS: tl.constexpr = x.shape[1] // 8
+    x = tl.sum(tl.reshape(x, [M, BLOCKS, 4, 2]), 3)
+    for _ in tl.static_range(8):
+        if x.shape[1] > 1:
+            x = tl.sum(tl.reshape(x, [M, 2, x.shape[1] // 2, 4]), 1)
+    x = tl.sum(tl.reshape(x, [M, 2, 2]), 2)
+    return tl.sum(x, 1)
+
+
+@triton.jit
+def softmax_step_in_order(scores, scale, row_max, row_sum):
+    """As `softmax_step`, with the same bits in every kernel; see `segments`.
+
+    scale may be [M, 1].
+    """
+    scores = scores * scale
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores - shift[:, None])
+    decay = tl.exp2(row_max - shift)
+    return weights, decay, new_max, tl.fma(row_sum, decay, sum_in_pairs(weights))
+
+
+@triton.jit
 def softcap(scores, inner):
     """Tanh of the scores, from exp2 alone: 1 - 2 / (2^(inner * s) + 1).
 

@@ -16,7 +16,15 @@ from vllm.triton_utils import tl, triton
 
 from .fp8 import divide_to_fp8
 from .limits import is_in_limits
-from .softmax import LN_2, add_sink, log_sum_exp, normalize, softcap, softmax_step
+from .softmax import (
+    LN_2,
+    add_sink,
+    log_sum_exp,
+    normalize,
+    softcap,
+    softmax_step,
+    softmax_step_in_order,
+)
 
 # Of two pairs of fp8, bytes 0 to 3, those at even places as two fp16, and the others.
 UNPACK_E4M3: tl.constexpr = tl.constexpr("""{
@@ -49,14 +57,17 @@ def row_offsets(query_start, token, head, strides, dims):
 
 
 @triton.jit
-def query_for_fp8(query):
+def query_for_fp8(query, BY_ROW: tl.constexpr):
     """The query in fp16, divided by a power of two, and that power.
 
     An fp8 key becomes fp16 in one instruction but bf16 in several slow ones. Divided
     by the power of two below its largest magnitude, any query fits fp16 and loses
-    nothing that counts beside its largest element.
+    nothing that counts beside its largest element. BY_ROW: the powers are [M, 1], one
+    for each row.
     """
-    largest = tl.max(tl.max(tl.abs(query.to(tl.float32)), 1), 0)
+    largest = tl.max(tl.abs(query.to(tl.float32)), 1, keep_dims=BY_ROW)
+    if not BY_ROW:
+        largest = tl.max(largest, 0)
     power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(
         tl.float32, bitcast=True
     )
@@ -66,14 +77,15 @@ def query_for_fp8(query):
 
 @triton.jit
 def load_query(
-    query_ptr, offsets, mask, scales, KV_DTYPE: tl.constexpr, SOFTCAP: tl.constexpr
-):
+    query_ptr, offsets, mask, scales, KV_DTYPE: tl.constexpr, SOFTCAP: tl.constexpr,
+    FIXED_ORDER: tl.constexpr = False,
+):  # fmt: skip
     """Query rows, 0 where masked, in the dtype of the products, and their scales."""
     query = tl.load(query_ptr + offsets, mask=mask, other=0.0)
     if query.dtype.is_fp8():
         query = query.to(tl.float16)  # exact
     elif query.dtype != KV_DTYPE and query.dtype == tl.bfloat16:
-        query, power = query_for_fp8(query)
+        query, power = query_for_fp8(query, FIXED_ORDER)
         scales = fold(scales, power, SOFTCAP)
     return query, scales
 
@@ -221,6 +233,7 @@ def weigh_tile(
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FIXED_ORDER: tl.constexpr,
 ):
     """Weights [M, TILE] of a tile of keys, and the new softmax state."""
     keys = start + tl.arange(0, TILE)
@@ -245,7 +258,10 @@ def weigh_tile(
             if not CAUSAL:
                 visible = visible & (keys[None, :] < position[:, None] + window)
         scores = tl.where(visible, scores, float("-inf"))
-    return softmax_step(scores, scale, row_max, row_sum, MASKED)
+    if FIXED_ORDER:
+        return softmax_step_in_order(scores, scale, row_max, row_sum)
+    else:
+        return softmax_step(scores, scale, row_max, row_sum, MASKED)
 
 
 @triton.jit
@@ -297,6 +313,7 @@ def attend_tiles(
     HEAD_PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
     PAIRED_VALUES: tl.constexpr,
+    FIXED_ORDER: tl.constexpr = False,  # see `segments`
 ):
     """Attends a tile of query rows to consecutive tiles of keys; see `weigh_tile`.
 
@@ -345,6 +362,7 @@ def attend_tiles(
         weights, decay, row_max, row_sum = weigh_tile(
             start, row_max, row_sum, query, key, position, keys_range, scales, sight,
             CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED, TILE, PRECISION,
+            FIXED_ORDER,
         )  # fmt: skip
         weights = weights.to(query.dtype)
         # V: [TILE, D], or [TILE, D / 2] pairs

@@ -37,6 +37,7 @@ from .plan import (
 )
 from .prefill import prefill_kernel
 from .schedule import Sight, VarlenSchedule, check_window, count_ranges, make_sight
+from .segments import segment_decode_kernel
 from .softmax import LOG2_E
 
 FEATURES = (
@@ -69,6 +70,7 @@ class Options(NamedTuple):
     shape: Shape
     plan: AttentionPlan
     num_workers: int
+    segment_slots: int
 
 
 def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, TensorSpec]:
@@ -321,13 +323,22 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
     pairs = None
     if reads_pairs(specs["query"], specs["value_cache"], options.odd_values):
         pairs = plan.unpacking
+    kernel, segments = decode_kernel, {}
+    if plan.segment is not None:
+        kernel = segment_decode_kernel
+        segments = dict(
+            SEGMENT=plan.segment,
+            SLOTS=options.segment_slots,
+            ROWS=plan.segment_rows,
+        )
     decode = Launch(
-        decode_kernel,
+        kernel,
         (options.num_workers,),
         arguments,
         dict(
             NUM_KV_HEADS=shape.num_kv_heads,
             PAIRED_VALUES=pairs if plan.decode.block_m < WGMMA_ROWS else None,
+            **segments,
             **variant,
             **plan.decode.constants(),
         ),
@@ -343,6 +354,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
                 ITEM_TILES=plan.prefill_rows // config.block_m,
                 HEAD_LANES=plan.head_lanes,
                 MASKED_TILE=config.masked_tile or config.tile,
+                SEGMENT=plan.segment,
                 PAIRED_VALUES=pairs if config.block_m < WGMMA_ROWS else None,
                 **variant,
                 **config.constants(),
@@ -631,6 +643,7 @@ def varlen_attention(
         shape,
         plan,
         schedule.num_workers,
+        schedule.segment_slots,
     )
     key = (options, *map(layer_key, tensors.values()))
     launches = LAUNCHES.get(key)

@@ -49,6 +49,7 @@ from vllm.v1.attention.backends.conch_base import (
     bound_kv_cache,
     conch_impls,
     host_seq_lens,
+    is_batch_invariant,
     key_value_views,
     max_decode_query_len,
     mm_prefix_ranges,
@@ -566,10 +567,12 @@ class ConchAttentionImpl(ConchImplBase):
         """Whether vLLM's layer should quantise queries, with its q_scale.
 
         Where the prefill kernel for Q, K and V in fp8 runs, which takes neither
-        ALiBi nor chunks nor a prefix. Elsewhere a query of 16 bits is no slower, and
-        more accurate.
+        ALiBi nor chunks nor a prefix, and is left out where results must not depend on
+        the batch. Elsewhere a query of 16 bits is no slower, and more accurate.
         """
         if not current_platform.is_cuda() or self.dtype not in HOPPER_DTYPES:
+            return False
+        if is_batch_invariant():
             return False
         if self.alibi_slopes is not None:
             return False
@@ -760,6 +763,7 @@ class ConchAttentionImpl(ConchImplBase):
             decode_query_len=decode_query_len,
             # TMA would read all slots of pages that end behind the batch.
             portable=of_batch,
+            batch_invariant=is_batch_invariant(),
         )
 
     def warm_up(self, layer: AttentionLayer) -> None:

@@ -155,6 +155,10 @@ class ConchBackendBase(AttentionBackend):
         return True
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
+
+    @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         return max(default_block_size, PREFERRED_BLOCK_SIZE)
 
