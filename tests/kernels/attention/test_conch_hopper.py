@@ -132,6 +132,9 @@ def test_softcaps_at_their_limits(softcap, side):
     live = batch.num_live_tokens
     reference = Attention(*(t[:live] for t in batch.reference()))
     allowed = output_tolerance(reference, torch.bfloat16, 1000 // 16)
+    if softcap <= hopper_prefill.MAX_BOUND:
+        # Equal weights are 2^y, not 1: rounded all alike, which a sum does not average.
+        allowed += torch.finfo(torch.bfloat16).eps / 2 * reference.output.abs()
     assert_close("output", output[:live], reference.output, allowed)
     assert_close("LSE", lse[:live], reference.lse, lse_tolerance(reference))
 

@@ -7,8 +7,8 @@ Every consumer owns 64 rows of a query tile and keeps their scores, probabilitie
 and output in registers. Its loop over key tiles, last tile first, is pipelined by
 one: Q.K of a tile is issued together with P.V of the tile before it, and the softmax
 of the new scores runs while the tensor cores still work on P.V, its own or that of
-another consumer. Making the consumers take turns, as FlashAttention-3 does, was slower
-at every head size but 256 (1% faster there). The producer follows the block table and
+another consumer. With heads of 64, whose tiles keep the exponential unit as busy as the
+tensor cores, two consumers take exponentials in turns; with larger ones that is slower. The producer follows the block table and
 feeds K and V through two rings of shared memory with TMA, already for the next item
 while this one is being finished.
 
