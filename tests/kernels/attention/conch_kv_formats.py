@@ -76,6 +76,8 @@ def quantize(
         bits = (scale.view(torch.int32) & -16) | zero.int()
         return (even | odd << 4).to(device), bits.view(torch.float32).to(device)
     largest = torch.finfo(dtype).max if dtype in FP8_DTYPES else 127
+    if dtype == torch.float8_e4m3fnuz:
+        largest = 224.0  # not 240
     scale = (x.abs().amax(-1) / largest).clamp(min=SMALLEST_SCALE)
     quotient = x * (1 / scale)[..., None]
     if dtype in FP8_DTYPES:

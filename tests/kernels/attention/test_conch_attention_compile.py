@@ -128,7 +128,7 @@ def record(case: Case, device) -> list[tuple]:
     query = torch.empty(tokens, heads, case.head_size, dtype=case.dtype, device="meta")
     # More than 2 GiB, up to which AMD's compiler counts on 32-bit offsets.
     pages = (2**22 // case.block_size, case.block_size, NUM_KV_HEADS)
-    scales = [None, None]
+    scales, half = [None, None], 0
     if case.token_scales:
         width = case.head_size // 2 if case.kv_dtype == INT4 else case.head_size
         half = width + 4
@@ -147,8 +147,8 @@ def record(case: Case, device) -> list[tuple]:
         patch.setattr(plan, "this_device", lambda index: device)
         patch.setattr(schedule, "this_device", lambda index: device)
         patch.setattr(attention, "this_device", lambda index: device)
-        # Tensors without memory have no addresses. Rows of V begin behind a scale.
-        patch.setattr(attention, "alignments", lambda *args: (8, 4))
+        # Tensors without memory have no addresses.
+        patch.setattr(attention, "offset_in_page", lambda *args: half)
         recorder = Recorder(schedule.schedule_kernel, launches)
         patch.setattr(schedule, "schedule_kernel", recorder)
         work = schedule.VarlenSchedule(

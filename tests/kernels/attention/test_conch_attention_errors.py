@@ -277,7 +277,7 @@ def test_a_schedule_updated_for_another_number_of_sequences():
         ("block_size", 24),
         ("query_dtype", torch.float64),
         ("query_dtype", torch.float8_e5m2),
-        ("kv_dtype", torch.uint8),
+        ("kv_dtype", torch.int16),
         ("decode_query_len", 0),
         ("sliding_window", 0),
         ("chunk_lookback", 0),

@@ -13,6 +13,7 @@ the keys (FlashDecoding, Dao et al. 2023), so results do not depend on timing.
 
 from vllm.triton_utils import tl, triton
 
+from .kv_format import in_elements
 from .limits import first_seen_key, row_limits
 from .tile import (
     attend_tiles,
@@ -207,8 +208,8 @@ def decode_kernel(
     PAIRED_VALUES: tl.constexpr,
     KV_FORMAT: tl.constexpr,
     WIDENING: tl.constexpr,
-    KEY_ALIGNMENT: tl.constexpr,
-    VALUE_ALIGNMENT: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,  # elements that strides of K and V are given in
+    VALUE_OFFSET: tl.constexpr,  # of V behind K in a page of both; None: elsewhere
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -242,6 +243,10 @@ def decode_kernel(
         SOFTCAP,
     )  # fmt: skip
     dims = tl.arange(0, HEAD_PADDED)
+    key_strides = in_elements(key_strides, STRIDE_UNIT)
+    value_strides = in_elements(value_strides, STRIDE_UNIT)
+    if VALUE_OFFSET is not None:
+        value_ptr = key_ptr + VALUE_OFFSET
 
     while remaining > 0:
         first_key = first_seen_key(
@@ -292,7 +297,7 @@ def decode_kernel(
             (begin, begin + num_tiles), (first_key, seq_len), scales, sight, None,
             token_scales, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
             TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
-            KV_FORMAT, WIDENING, KEY_ALIGNMENT, VALUE_ALIGNMENT,
+            KV_FORMAT, WIDENING,
         )  # fmt: skip
 
         acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES, KV_FORMAT)

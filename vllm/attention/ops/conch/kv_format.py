@@ -28,25 +28,28 @@ INT4_CENTRE: tl.constexpr = tl.constexpr(8)
 
 # Bytes 0 to 3 as fp16, in order: 1024 + n has n in its lowest bits.
 WIDEN_INT8: tl.constexpr = tl.constexpr("""{
-    .reg .b32 bytes, low, high;
+    .reg .b32 bytes, low, high, bias;
+    mov.b32 bias, 0x64806480;
     xor.b32 bytes, $2, 0x80808080;
     prmt.b32 low, bytes, 0x64646464, 0x4140;
     prmt.b32 high, bytes, 0x64646464, 0x4342;
-    sub.f16x2 $0, low, 0x64806480;
-    sub.f16x2 $1, high, 0x64806480;
+    sub.f16x2 $0, low, bias;
+    sub.f16x2 $1, high, bias;
 }""")
 # Of two pairs of int8, those at even places as two fp16, and the others.
 UNPACK_INT8: tl.constexpr = tl.constexpr("""{
-    .reg .b32 bytes, even, odd;
+    .reg .b32 bytes, even, odd, bias;
+    mov.b32 bias, 0x64806480;
     xor.b32 bytes, $2, 0x80808080;
     prmt.b32 even, bytes, 0x64646464, 0x4240;
     prmt.b32 odd, bytes, 0x64646464, 0x4341;
-    sub.f16x2 $0, even, 0x64806480;
-    sub.f16x2 $1, odd, 0x64806480;
+    sub.f16x2 $0, even, bias;
+    sub.f16x2 $1, odd, bias;
 }""")
 # The lower halves of 4 bytes as fp16 less 8, in order, and the upper halves.
 UNPACK_NIBBLES: tl.constexpr = tl.constexpr("""{
-    .reg .b32 low, high, a, b, c, d;
+    .reg .b32 low, high, a, b, c, d, bias;
+    mov.b32 bias, 0x64086408;
     and.b32 low, $4, 0x0f0f0f0f;
     shr.u32 high, $4, 4;
     and.b32 high, high, 0x0f0f0f0f;
@@ -54,14 +57,15 @@ UNPACK_NIBBLES: tl.constexpr = tl.constexpr("""{
     prmt.b32 b, low, 0x64646464, 0x4342;
     prmt.b32 c, high, 0x64646464, 0x4140;
     prmt.b32 d, high, 0x64646464, 0x4342;
-    sub.f16x2 $0, a, 0x64086408;
-    sub.f16x2 $1, b, 0x64086408;
-    sub.f16x2 $2, c, 0x64086408;
-    sub.f16x2 $3, d, 0x64086408;
+    sub.f16x2 $0, a, bias;
+    sub.f16x2 $1, b, bias;
+    sub.f16x2 $2, c, bias;
+    sub.f16x2 $3, d, bias;
 }""")
 # Of two groups of 4 nibbles, those at place 0 as two fp16 less 8, at place 1, 2 and 3.
 UNPACK_QUADS: tl.constexpr = tl.constexpr("""{
-    .reg .b32 low, high, a, b, c, d;
+    .reg .b32 low, high, a, b, c, d, bias;
+    mov.b32 bias, 0x64086408;
     and.b32 low, $4, 0x0f0f0f0f;
     shr.u32 high, $4, 4;
     and.b32 high, high, 0x0f0f0f0f;
@@ -69,10 +73,10 @@ UNPACK_QUADS: tl.constexpr = tl.constexpr("""{
     prmt.b32 b, high, 0x64646464, 0x4240;
     prmt.b32 c, low, 0x64646464, 0x4341;
     prmt.b32 d, high, 0x64646464, 0x4341;
-    sub.f16x2 $0, a, 0x64086408;
-    sub.f16x2 $1, b, 0x64086408;
-    sub.f16x2 $2, c, 0x64086408;
-    sub.f16x2 $3, d, 0x64086408;
+    sub.f16x2 $0, a, bias;
+    sub.f16x2 $1, b, bias;
+    sub.f16x2 $2, c, bias;
+    sub.f16x2 $3, d, bias;
 }""")
 
 
@@ -179,24 +183,35 @@ def load_token_scales(
     slot,
     valid,
     MASKED: tl.constexpr,
-    KV_FORMAT: tl.constexpr,
 ):
-    """Scales and zero points of a tile of keys, [TILE] each; 1 where masked.
-
-    Without zero points the second is None.
-    """
+    """[TILE] scales of a tile of keys; 1 where masked."""
     ptrs = scales[0] + page * scales[1][0] + slot * scales[1][1]
     if MASKED:
         scale = tl.load(ptrs, mask=valid, other=1.0)
     else:
         scale = tl.load(ptrs)
-    if KV_FORMAT == "int4":
-        bits = scale.to(tl.int32, bitcast=True)
-        zero = ((bits & 0xF) - INT4_CENTRE).to(tl.float32)
-        scale = (bits & -16).to(tl.float32, bitcast=True)
-    else:
-        zero: tl.constexpr = None
-    return scale, zero
+    return scale
+
+
+@triton.jit
+def take_zeros(scale):
+    """Scales of int4 without their zero points, and these less INT4_CENTRE."""
+    bits = scale.to(tl.int32, bitcast=True)
+    zero = ((bits & 0xF) - INT4_CENTRE).to(tl.float32)
+    return (bits & -16).to(tl.float32, bitcast=True), zero
+
+
+@triton.jit
+def in_elements(strides, UNIT: tl.constexpr):
+    """Strides (page, slot, head) that were given in units of so many elements.
+
+    Pages with a scale beside each row have strides such as 264 bytes, of which Triton,
+    left to itself, sees only that they are no multiples of 16, and reads single bytes.
+    """
+    if UNIT > 1:
+        unit = tl.full([], UNIT, tl.int64)
+        strides = (strides[0] * unit, strides[1] * unit, strides[2] * unit)
+    return strides
 
 
 @triton.jit

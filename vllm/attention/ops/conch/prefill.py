@@ -9,6 +9,7 @@ edge and at the sequence's end are masked; those between run without a mask.
 
 from vllm.triton_utils import tl, triton
 
+from .kv_format import in_elements
 from .limits import row_limits
 from .tile import (
     attend_tiles,
@@ -164,8 +165,8 @@ def prefill_kernel(
     PAIRED_VALUES: tl.constexpr,
     KV_FORMAT: tl.constexpr,
     WIDENING: tl.constexpr,
-    KEY_ALIGNMENT: tl.constexpr,
-    VALUE_ALIGNMENT: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,  # elements that strides of K and V are given in
+    VALUE_OFFSET: tl.constexpr,  # of V behind K in a page of both; None: elsewhere
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -224,6 +225,10 @@ def prefill_kernel(
     keys_range, before, seen_whole, after = bounds
     position = seq_len - query_len + token
     block_row = block_table_ptr + sequence.to(tl.int64) * block_table_stride
+    key_strides = in_elements(key_strides, STRIDE_UNIT)
+    value_strides = in_elements(value_strides, STRIDE_UNIT)
+    if VALUE_OFFSET is not None:
+        value_ptr = key_ptr + VALUE_OFFSET
     key_ptr += kv_head.to(tl.int64) * key_strides[2]
     value_ptr += kv_head.to(tl.int64) * value_strides[2]
     if slopes_ptr is None:
@@ -247,21 +252,21 @@ def prefill_kernel(
             block_row, before, keys_range, scales, sight, None,
             token_scales, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
             MASKED_TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
-            KV_FORMAT, WIDENING, KEY_ALIGNMENT, VALUE_ALIGNMENT,
+            KV_FORMAT, WIDENING,
         )  # fmt: skip
     state = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
         block_row, seen_whole, keys_range, scales, sight, boxes,
         token_scales, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, False,
         TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
-        KV_FORMAT, WIDENING, KEY_ALIGNMENT, VALUE_ALIGNMENT,
+        KV_FORMAT, WIDENING,
     )  # fmt: skip
     acc, row_max, row_sum = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
         block_row, after, keys_range, scales, sight, None,
         token_scales, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
         MASKED_TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
-        KV_FORMAT, WIDENING, KEY_ALIGNMENT, VALUE_ALIGNMENT,
+        KV_FORMAT, WIDENING,
     )  # fmt: skip
 
     acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES, KV_FORMAT)

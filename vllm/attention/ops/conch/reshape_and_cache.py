@@ -9,7 +9,6 @@ before anything is stored, and keys do not wait for their slots: one round trip 
 memory, not two.
 """
 
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -33,7 +32,12 @@ from .fp8 import FP8_DTYPES, divide_to_fp8, storage_view, triton_fp8
 from .launch import Launch
 from .plan import KV_INT4_DTYPE, KV_INTEGER_DTYPES, this_device
 from .rotation import rotation_matrix
-from .token_head_cache import check_scales, padded_head, plan_launch
+from .token_head_cache import (
+    check_scales,
+    offset_in_page,
+    padded_head,
+    plan_launch,
+)
 
 SOURCE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -246,12 +250,13 @@ def has_token_scales(
 
 @lru_cache(maxsize=4096)
 def prepare(
-    alignment: tuple[int, int] | None, *signatures: tuple | None
+    token_scales: bool, value_offset: int | None, *signatures: tuple | None
 ) -> Launch | None:
     """Checks the arguments of `reshape_and_cache` and plans its launch.
 
     Args:
-        alignment: addresses of both caches modulo 16 with scales per token and head.
+        token_scales: whether there is a scale for every token and head.
+        value_offset: see `offset_in_page`.
         *signatures: of all tensors.
     """
     specs = specs_of(signatures)
@@ -260,12 +265,8 @@ def prepare(
     num_tokens = slot_mapping.shape[0]
     if num_tokens == 0:
         return None
-    if alignment is not None:
-        caches = tuple(
-            math.gcd(16, address, *free_strides(spec)[:-1])
-            for address, spec in zip(alignment, specs[2:4])
-        )
-        return plan_launch((*specs[:4], *specs[5:]), caches, num_tokens)
+    if token_scales:
+        return plan_launch((*specs[:4], *specs[5:]), value_offset, num_tokens)
     _, num_kv_heads, head_size = key.shape
     row_size = num_kv_heads * head_size
     device = this_device(key.device.index)
@@ -322,11 +323,11 @@ def reshape_and_cache(
     Raises:
         ValueError: An argument has a wrong shape, dtype, device or stride.
     """
-    alignment = None
-    if has_token_scales(key_cache.dtype, None if k_scale is None else k_scale.shape):
-        alignment = key_cache.data_ptr() % 16, value_cache.data_ptr() % 16
+    k_scale_shape = None if k_scale is None else k_scale.shape
+    token_scales = has_token_scales(key_cache.dtype, k_scale_shape)
     launch = prepare(
-        alignment,
+        token_scales,
+        offset_in_page(key_cache, value_cache) if token_scales else None,
         signature(key),
         signature(value),
         signature(key_cache),
@@ -338,7 +339,7 @@ def reshape_and_cache(
     if launch is None:  # no tokens
         return
     rotation: tuple[torch.Tensor | None, ...] = ()
-    if alignment is not None:
+    if token_scales:
         rotation = (None,)
     if key_cache.dtype == key.dtype:
         k_scale = v_scale = None

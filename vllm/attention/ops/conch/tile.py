@@ -19,6 +19,7 @@ from .kv_format import (
     halve_query,
     load_token_scales,
     scaled_softmax_step,
+    take_zeros,
     unpack_bytes,
     unpack_nibbles,
     unpack_quads,
@@ -239,8 +240,8 @@ def weigh_tile(
     scales,  # (softmax scale in log2 units, softcap's inner scale)
     sight,  # (window: keys that a query sees, itself included; slopes [M] or None;
     # the rows' limits, which replace causality and window, or None)
-    # (scales of K, its zero points, scales of V), [TILE] each, or None: one for all;
-    # with zero points query and key are halves, see `weigh_halves`
+    # (scales of K, of V, zero points of an int4 K), [TILE] each, or None: one for all;
+    # of int4 query and key are halves, see `weigh_halves`
     token_scales,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -249,6 +250,7 @@ def weigh_tile(
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
+    KV_FORMAT: tl.constexpr,
 ):
     """Weights [M, TILE] of a tile of keys, and the new softmax state.
 
@@ -257,13 +259,11 @@ def weigh_tile(
     keys = start + tl.arange(0, TILE)
     valid = (keys >= keys_range[0]) & (keys < keys_range[1])
     # scores: [M, TILE]
-    if token_scales is None:
-        scores = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
+    if KV_FORMAT == "int4":
+        scores = weigh_halves(query, key, token_scales[2], PRECISION)
     else:
-        if token_scales[1] is None:
-            scores = tl.dot(query, key, input_precision=PRECISION)
-        else:
-            scores = weigh_halves(query, key, token_scales[1], PRECISION)
+        scores = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
+    if token_scales is not None:
         scores = scores * token_scales[0][None, :]
     if SOFTCAP:
         scores = softcap(scores, scales[1])
@@ -286,7 +286,7 @@ def weigh_tile(
     if token_scales is None:
         step = softmax_step(scores, scale, row_max, row_sum, MASKED)
     else:
-        step = scaled_softmax_step(scores, scale, token_scales[2], row_max, row_sum)
+        step = scaled_softmax_step(scores, scale, token_scales[1], row_max, row_sum)
     return step
 
 
@@ -357,8 +357,6 @@ def attend_tiles(
     PAIRED_VALUES: tl.constexpr,
     KV_FORMAT: tl.constexpr,  # see the module of this name, as for how to widen it
     WIDENING: tl.constexpr,
-    KEY_ALIGNMENT: tl.constexpr,  # elements that divide where rows of K begin
-    VALUE_ALIGNMENT: tl.constexpr,
 ):
     """Attends a tile of query rows to consecutive tiles of keys; see `weigh_tile`.
 
@@ -377,10 +375,6 @@ def attend_tiles(
     dims = tl.arange(0, HEAD_PADDED)
     # Bytes of a row of K, as loaded and without padding
     KEY_WIDTH: tl.constexpr = HEAD_SIZE // 2 if KV_FORMAT == "int4" else HEAD_SIZE
-    if KEY_ALIGNMENT > 1:
-        key_ptr = tl.multiple_of(key_ptr, KEY_ALIGNMENT)
-    if VALUE_ALIGNMENT > 1:
-        value_ptr = tl.multiple_of(value_ptr, VALUE_ALIGNMENT)
     if KV_FORMAT == "int4":
         query_halves = halve_query(query)
         dims = tl.arange(0, HEAD_PADDED // 2)
@@ -406,8 +400,6 @@ def attend_tiles(
         # K: [D, TILE]
         if boxes is None:
             offsets = page * key_strides[0] + slot * key_strides[1]
-            if KEY_ALIGNMENT > 1:
-                offsets = tl.multiple_of(offsets, KEY_ALIGNMENT)
             key = load_tile(
                 key_ptr + offsets[None, :] + dims[:, None],
                 valid[None, :],
@@ -419,38 +411,35 @@ def attend_tiles(
             key = load_box(
                 key_box, kv_head, numbers[0], start % BLOCK_SIZE, TILE, HEAD_PADDED
             ).T
-        if KV_FORMAT is not None and KV_FORMAT != "int4":
-            key = widen(key, KV_FORMAT, query.dtype, WIDENING)
-        elif token_scales is not None and KV_FORMAT is None:
-            key = key.to(query.dtype)
         if token_scales is None:
             tile_scales: tl.constexpr = None
         else:
-            key_scales, key_zeros = load_token_scales(
-                token_scales[0], page, slot, valid, MASKED, KV_FORMAT
-            )
-            value_scales, value_zeros = load_token_scales(
-                token_scales[1], page, slot, valid, MASKED, KV_FORMAT
-            )
-            tile_scales = (key_scales, key_zeros, value_scales)
+            key_scales = load_token_scales(token_scales[0], page, slot, valid, MASKED)
+            value_scales = load_token_scales(token_scales[1], page, slot, valid, MASKED)
+            if KV_FORMAT == "int4":
+                key_scales, key_zeros = take_zeros(key_scales)
+                value_scales, value_zeros = take_zeros(value_scales)
+                tile_scales = (key_scales, value_scales, key_zeros)
+            else:
+                tile_scales = (key_scales, value_scales)
         if KV_FORMAT == "int4":
             weights, decay, row_max, row_sum = weigh_tile(
                 start, row_max, row_sum, query_halves,
                 unpack_nibbles(key, query.dtype, WIDENING),
                 position, keys_range, scales, sight, tile_scales,
-                CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED, TILE, PRECISION,
+                CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED, TILE, PRECISION, KV_FORMAT,
             )  # fmt: skip
         else:
+            if KV_FORMAT is not None:
+                key = widen(key, KV_FORMAT, query.dtype, WIDENING)
             weights, decay, row_max, row_sum = weigh_tile(
                 start, row_max, row_sum, query, key,
                 position, keys_range, scales, sight, tile_scales,
-                CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED, TILE, PRECISION,
+                CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED, TILE, PRECISION, KV_FORMAT,
             )  # fmt: skip
         weights = weights.to(query.dtype)
         # V: [TILE, D], or [TILE, D / 2] pairs
         offsets = (page * value_strides[0] + slot * value_strides[1])[:, None]
-        if VALUE_ALIGNMENT > 1:
-            offsets = tl.multiple_of(offsets, (VALUE_ALIGNMENT, VALUE_ALIGNMENT))
         if KV_FORMAT == "int4":
             quads = load_tile(
                 quad_ptr + offsets // 2 + quad_dims[None, :],

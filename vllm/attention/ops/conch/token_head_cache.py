@@ -7,13 +7,14 @@ elements and what they are stored as come of one load.  Formats as in vLLM, whic
 rounds integers half away from zero and keeps scales from 1e-6 on:
 
     int8    scale = max |x| / 127          n = round(x / scale)
-    fp8     scale = max |x| / largest      n = x / scale in e4m3
+    fp8     scale = max |x| / largest      n = x / scale in e4m3, largest: 448, fnuz 224
     int4    scale = (max x - min x) / 15   n = round(x / scale + zero), x rotated,
             zero = round(-min x / scale)   both from 0 to 15
 
 A row with a NaN gets the scale NaN where its elements cannot hold one.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -22,6 +23,7 @@ from vllm.triton_utils import tl, triton
 
 from .checks import TensorSpec, check_dtype, check_shape, free_strides, reject
 from .fp8 import FP8_DTYPES, to_fp8, triton_fp8
+from .kv_format import in_elements
 from .launch import Launch
 from .plan import (
     INT4_HEAD_MULTIPLE,
@@ -31,10 +33,14 @@ from .plan import (
 )
 from .rotation import rotate_rows
 
+# What a row's largest magnitude becomes.
+LARGEST_FP8 = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 224.0}
 # Elements of K, and as many of V, that a program moves.
 TILE = 2048
 # Fewest rows of a matrix product.
 MIN_ROWS_INT4 = 16
+# Farther away V is in no page of K.
+MAX_VALUE_OFFSET = 1024
 SMALLEST_SCALE: tl.constexpr = tl.constexpr(1e-6)
 
 
@@ -137,15 +143,12 @@ def store_rows(
     head,
     owned,
     WIDTH: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
 ):
     W: tl.constexpr = stored.shape[1]
     element = tl.arange(0, W)
     offsets = block * cache[1][0] + slot * cache[1][1] + head * cache[1][2]
-    base = tl.multiple_of(cache[0], ALIGNMENT)
-    offsets = tl.multiple_of(offsets, ALIGNMENT)
     tl.store(
-        base + offsets[:, None] + element[None, :],
+        cache[0] + offsets[:, None] + element[None, :],
         stored,
         mask=owned[:, None] & (element < WIDTH)[None, :],
     )
@@ -177,8 +180,8 @@ def token_head_cache_kernel(
     INT4: tl.constexpr,
     FP8: tl.constexpr,  # format of an fp8 cache, or None
     FP8_MAX: tl.constexpr,
-    KEY_ALIGNMENT: tl.constexpr,  # bytes that divide where rows of the cache begin
-    VALUE_ALIGNMENT: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,  # elements that the caches' strides are given in
+    VALUE_OFFSET: tl.constexpr,  # of V behind K in a page of both; None: elsewhere
     ROWS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -198,16 +201,20 @@ def token_head_cache_kernel(
     WIDTH: tl.constexpr = HEAD_SIZE // 2 if INT4 else HEAD_SIZE
     key, k_scale = quantize(key, HEAD_SIZE, INT4, FP8, FP8_MAX, STORED)
     value, v_scale = quantize(value, HEAD_SIZE, INT4, FP8, FP8_MAX, STORED)
+    key_cache_strides = in_elements(key_cache_strides, STRIDE_UNIT)
+    value_cache_strides = in_elements(value_cache_strides, STRIDE_UNIT)
+    if VALUE_OFFSET is not None:
+        value_cache_ptr = key_cache_ptr + VALUE_OFFSET
     owned = slot >= 0
     block = slot // BLOCK_SIZE
     slot = slot % BLOCK_SIZE
     store_rows(
         (key_cache_ptr, key_cache_strides), (k_scale_ptr, k_scale_strides),
-        key, k_scale, block, slot, head, owned, WIDTH, KEY_ALIGNMENT,
+        key, k_scale, block, slot, head, owned, WIDTH,
     )  # fmt: skip
     store_rows(
         (value_cache_ptr, value_cache_strides), (v_scale_ptr, v_scale_strides),
-        value, v_scale, block, slot, head, owned, WIDTH, VALUE_ALIGNMENT,
+        value, v_scale, block, slot, head, owned, WIDTH,
     )  # fmt: skip
 
 
@@ -234,9 +241,20 @@ def padded_head(head_size: int, cache_dtype: torch.dtype) -> int:
     return Shape(1, 1, head_size, 16, torch.float16, cache_dtype).head_padded
 
 
+def offset_in_page(key_cache: torch.Tensor, value_cache: torch.Tensor) -> int | None:
+    """Elements from each row of K to that of V, where pages hold both; else None.
+
+    For kernels a constant: what they know of the alignment of K is then true of V.
+    """
+    if key_cache.stride() != value_cache.stride():
+        return None
+    offset = value_cache.data_ptr() - key_cache.data_ptr()
+    return offset if 0 < offset < MAX_VALUE_OFFSET else None
+
+
 @lru_cache(maxsize=4096)
 def plan_launch(
-    specs: tuple[TensorSpec, ...], alignment: tuple[int, int], num_tokens: int
+    specs: tuple[TensorSpec, ...], value_offset: int | None, num_tokens: int
 ) -> Launch:
     """Launch for K, V, their caches and their scales, in this order."""
     key, _, key_cache = specs[:3]
@@ -246,10 +264,13 @@ def plan_launch(
     rows = max(TILE // head_padded, MIN_ROWS_INT4 if is_int4 else 1)
     is_fp8 = key_cache.dtype in FP8_DTYPES
     strides = [free_strides(spec) for spec in specs]
+    caches = [s[:-1] for s in strides[2:4]]
+    unit = math.gcd(16, *caches[0], *caches[1])
+    caches = [tuple(stride // unit for stride in three) for three in caches]
     return Launch(
         token_head_cache_kernel,
         (triton.cdiv(num_tokens * num_kv_heads, rows),),
-        (*(s[:-1] for s in strides[:4]), *strides[4:], num_tokens),
+        (*(s[:-1] for s in strides[:2]), *caches, *strides[4:], num_tokens),
         dict(
             NUM_KV_HEADS=num_kv_heads,
             HEAD_SIZE=head_size,
@@ -257,9 +278,9 @@ def plan_launch(
             BLOCK_SIZE=key_cache.shape[1],
             INT4=is_int4,
             FP8=triton_fp8(key_cache.dtype) if is_fp8 else None,
-            FP8_MAX=torch.finfo(key_cache.dtype).max if is_fp8 else None,
-            KEY_ALIGNMENT=alignment[0],
-            VALUE_ALIGNMENT=alignment[1],
+            FP8_MAX=LARGEST_FP8[key_cache.dtype] if is_fp8 else None,
+            STRIDE_UNIT=unit,
+            VALUE_OFFSET=value_offset,
             ROWS=rows,
             num_warps=4 if head_padded <= 256 else 8,
             num_stages=1,

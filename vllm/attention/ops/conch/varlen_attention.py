@@ -24,6 +24,7 @@ from .checks import (
 from .decode import decode_kernel
 from .fp8 import FP8_DTYPES, storage_view, triton_fp8
 from .launch import Launch, describe_pages
+from .token_head_cache import offset_in_page
 from .plan import (
     BLOCK_SIZE_MULTIPLE,
     HEAD_SIZES,
@@ -75,7 +76,8 @@ class Options(NamedTuple):
     softcap: float
     sight: Sight
     alibi_sqrt: bool
-    alignment: tuple[int, int]  # of the addresses of K and V, see `alignments`
+    odd_values: bool  # value_cache begins at an odd address
+    value_offset: int | None  # see `offset_in_page`
     shape: Shape
     plan: AttentionPlan
     num_workers: int
@@ -177,7 +179,7 @@ def check_fours(specs: dict[str, TensorSpec], address: int) -> None:
     """Rejects an int4 V whose rows cannot be read in fours of elements."""
     strides = free_strides(specs["value_cache"])[:-1]
     if any(number % 2 for number in (address, *strides)):
-        got = f"strides {list(strides)}, address {address} modulo 16"
+        got = f"strides {list(strides)}, address {address}"
         reject("value_cache", got, "even numbers with an int4 cache")
 
 
@@ -335,25 +337,6 @@ def reads_pairs(query: TensorSpec, value_cache: TensorSpec, odd: bool) -> bool:
     )
 
 
-def alignments(
-    specs: dict[str, TensorSpec], addresses: tuple[int, int]
-) -> tuple[int, int]:
-    """Largest power of two, up to 16, that divides where every row of K, or V, begins.
-
-    Pages with a scale beside each row have strides such as 264 bytes, of which Triton,
-    left to itself, sees only that they are no multiples of 16.
-
-    Args:
-        specs: of all tensors.
-        addresses: of key_cache and value_cache.
-    """
-    key, value = (
-        math.gcd(16, address, *free_strides(specs[name])[:-1])
-        for name, address in zip(("key_cache", "value_cache"), addresses)
-    )
-    return key, value
-
-
 def strides_suit_tma(*specs: TensorSpec) -> bool:
     """Whether TMA, which steps in units of 16 bytes, can read them."""
     return all(
@@ -393,16 +376,17 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         cap_scale = 2 * LOG2_E * scale / options.softcap
     lse = specs.get("output_lse")
     sight = options.sight
-    scale_strides, alignment = None, (1, 1)
+    strides = [free_strides(specs[name])[:3] for name in ("key_cache", "value_cache")]
+    scale_strides, stride_unit = None, 1
     if has_token_scales(specs):
         scale_strides = tuple(free_strides(specs[n]) for n in ("k_scale", "v_scale"))
-        alignment = alignments(specs, options.alignment)
+        stride_unit = math.gcd(16, *strides[0], *strides[1])
+        strides = [tuple(s // stride_unit for s in three) for three in strides]
     arguments = (
         row_strides(specs["output"]),
         lse.strides[0] if lse else 0,
         row_strides(specs["query"]),
-        free_strides(specs["key_cache"])[:3],
-        free_strides(specs["value_cache"])[:3],
+        *strides,
         scale_strides,
         specs["block_table"].strides[0],
         score_scale,
@@ -424,13 +408,12 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         FP8_MAX=torch.finfo(specs["output"].dtype).max if quantized else None,
         KV_FORMAT=plan.kv_format,
         WIDENING=plan.unpacking if plan.kv_format else None,
-        KEY_ALIGNMENT=alignment[0],
-        VALUE_ALIGNMENT=alignment[1],
+        STRIDE_UNIT=stride_unit,
+        VALUE_OFFSET=options.value_offset,
         **sight.constants(),
     )
     pairs = None
-    odd = options.alignment[1] % 2 == 1
-    if reads_pairs(specs["query"], specs["value_cache"], odd):
+    if reads_pairs(specs["query"], specs["value_cache"], options.odd_values):
         pairs = plan.unpacking
     decode = Launch(
         decode_kernel,
@@ -631,17 +614,17 @@ def varlen_attention(
         (flags, mm_prefix_range, prefix_lens) if has_features else (),
     )
     shape, plan = schedule.shape, schedule.plan
-    # Few addresses matter, and each that does makes another variant.
-    alignment = 0, value_cache.data_ptr() % 2
+    value_offset = None
     if k_scale is not None and k_scale.dim() == 3:
-        alignment = key_cache.data_ptr() % 16, value_cache.data_ptr() % 16
+        value_offset = offset_in_page(key_cache, value_cache)
     options = Options(
         scale,
         all_causal,
         softcap,
         sight,
         alibi_sqrt,
-        alignment,
+        value_cache.data_ptr() % 2 == 1,
+        value_offset,
         shape,
         plan,
         schedule.num_workers,
@@ -653,7 +636,7 @@ def varlen_attention(
         specs = check_arguments(tensors)
         check_schedule(specs, shape)
         if plan.kv_format == "int4":
-            check_fours(specs, alignment[1])
+            check_fours(specs, value_cache.data_ptr())
             specs = rotated_specs(specs)
         launches = LAUNCHES[key] = prepare(specs, options)
     output_dtype = output.dtype
