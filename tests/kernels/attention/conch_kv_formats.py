@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.kernels.attention.conch_reference import FP8_DTYPES
+from tests.kernels.attention.conch_reference import FP8_DTYPES, Attention
 
 INT4 = torch.uint8  # two elements to a byte
 SMALLEST_SCALE = 1e-6
@@ -55,6 +55,30 @@ def rotate(rows: torch.Tensor, inverse: bool = False) -> torch.Tensor:
     if inverse:
         x = x * signs / block
     return x.flatten(-2)
+
+
+def rounded_as_rotated(query: torch.Tensor) -> torch.Tensor:
+    """The query that an int4 cache meets, in fp64: rounded where it is rotated."""
+    block = query.shape[-1] & -query.shape[-1]
+    norm = 2.0 ** ((block.bit_length() - 1) // 2)
+    return rotate((rotate(query) / norm).to(query.dtype), inverse=True) * norm
+
+
+def shared_out(result: Attention) -> Attention:
+    """With errors as of an output that is rounded as rotated, and then rotated back.
+
+    That shares the errors of a block out to all of its elements.
+    """
+    block = result.output.shape[-1] & -result.output.shape[-1]
+
+    def spread(part: torch.Tensor) -> torch.Tensor:
+        squares = part.unflatten(-1, (-1, block)).square()
+        return squares.mean(-1, keepdim=True).sqrt().expand_as(squares).flatten(-2)
+
+    return result._replace(
+        output_noise=spread(result.output_noise) + spread(result.output),
+        output_drift=result.output_drift + spread(result.output_drift),
+    )
 
 
 def half_away(x: torch.Tensor, low: int, high: int) -> torch.Tensor:

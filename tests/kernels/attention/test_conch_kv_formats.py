@@ -32,7 +32,8 @@ from tests.kernels.attention.conch_kv_formats import (
     dequantize,
     make_pages,
     quantize,
-    rotate,
+    rounded_as_rotated,
+    shared_out,
 )
 from tests.kernels.attention.conch_reference import Attention, output_tolerance
 from vllm.attention.ops.conch import reshape_and_cache
@@ -95,33 +96,16 @@ def scaled_batch(
     return ScaledBatch(**plain | dict(k_scale=caches.k_scale, v_scale=caches.v_scale))
 
 
-def rounded_as_rotated(query: torch.Tensor) -> torch.Tensor:
-    """The query that an int4 cache meets: rounded where it is rotated."""
-    block = query.shape[-1] & -query.shape[-1]
-    norm = 2.0 ** ((block.bit_length() - 1) // 2)
-    return rotate((rotate(query) / norm).to(query.dtype), inverse=True) * norm
-
-
 def check_scaled(batch: ScaledBatch) -> None:
     """`check`; with int4 errors are of the rotated output, and spread by rotation."""
     if batch.key_cache.dtype != INT4:
         check(batch)
         return
     output, lse = attend(batch)
-    live, block = batch.num_live_tokens, batch.query.shape[-1] & -batch.query.shape[-1]
-    seen = dataclasses.replace(batch, query=rounded_as_rotated(batch.query))
-    exact = Attention(*(part[:live] for part in seen.reference()))
-
-    def spread(part: torch.Tensor) -> torch.Tensor:
-        """Standard deviation where the squares of a block are shared out evenly."""
-        squares = part.unflatten(-1, (-1, block)).square()
-        return squares.mean(-1, keepdim=True).sqrt().expand_as(squares).flatten(-2)
-
-    unit = torch.finfo(batch.query.dtype).eps / 2
-    errors = dict(output_noise=spread(exact.output_noise))
-    errors |= dict(output_drift=exact.output_drift + spread(exact.output_drift))
-    allowed = output_tolerance(exact._replace(**errors), batch.query.dtype)
-    allowed = allowed + 4 * unit * spread(exact.output)
+    live, seen = batch.num_live_tokens, rounded_as_rotated(batch.query)
+    exact = dataclasses.replace(batch, query=seen).reference()
+    exact = shared_out(Attention(*(part[:live] for part in exact)))
+    allowed = output_tolerance(exact, batch.query.dtype)
     expected = exact.output
     if batch.output_scale is not None:
         limits = torch.finfo(output.dtype)
@@ -346,7 +330,10 @@ def test_rows_of_zeros_and_of_nan(kv_dtype):
     reshape_and_cache(key, value, caches.key, caches.value, slots, **scales)
     rows = [
         dequantize(cache[0, :3], scale[0, :3])
-        for cache, scale in ((caches.key, caches.k_scale), (caches.value, caches.v_scale))
+        for cache, scale in (
+            (caches.key, caches.k_scale),
+            (caches.value, caches.v_scale),
+        )
     ]
     assert (rows[0][1] == 0).all() and (rows[1][1] == 0).all()
     assert caches.k_scale[0, 1, 0].item() == pytest.approx(1e-6, rel=1e-5)

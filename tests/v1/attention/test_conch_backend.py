@@ -352,7 +352,7 @@ def test_fp8_cache(kv_cache_dtype: str, batch: str) -> None:
 
 
 def test_scales_that_are_calculated_at_the_first_step() -> None:
-    """vLLM writes them into the layer's tensors, which are read on the device."""
+    """VLLM writes them into the layer's tensors, which are read on the device."""
     engine = Engine(kv_cache_dtype="fp8")
     engine.step(BATCHES["prefill"])
     (layer,) = engine.layers

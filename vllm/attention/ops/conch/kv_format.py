@@ -186,11 +186,7 @@ def load_token_scales(
 ):
     """[TILE] scales of a tile of keys; 1 where masked."""
     ptrs = scales[0] + page * scales[1][0] + slot * scales[1][1]
-    if MASKED:
-        scale = tl.load(ptrs, mask=valid, other=1.0)
-    else:
-        scale = tl.load(ptrs)
-    return scale
+    return tl.load(ptrs, mask=valid, other=1.0) if MASKED else tl.load(ptrs)
 
 
 @triton.jit

@@ -427,7 +427,8 @@ def attend_tiles(
                 start, row_max, row_sum, query_halves,
                 unpack_nibbles(key, query.dtype, WIDENING),
                 position, keys_range, scales, sight, tile_scales,
-                CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED, TILE, PRECISION, KV_FORMAT,
+                CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED, TILE, PRECISION,
+                KV_FORMAT,
             )  # fmt: skip
         else:
             if KV_FORMAT is not None:
@@ -435,7 +436,8 @@ def attend_tiles(
             weights, decay, row_max, row_sum = weigh_tile(
                 start, row_max, row_sum, query, key,
                 position, keys_range, scales, sight, tile_scales,
-                CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED, TILE, PRECISION, KV_FORMAT,
+                CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED, TILE, PRECISION,
+                KV_FORMAT,
             )  # fmt: skip
         weights = weights.to(query.dtype)
         # V: [TILE, D], or [TILE, D / 2] pairs

@@ -24,7 +24,6 @@ from .checks import (
 from .decode import decode_kernel
 from .fp8 import FP8_DTYPES, storage_view, triton_fp8
 from .launch import Launch, describe_pages
-from .token_head_cache import offset_in_page
 from .plan import (
     BLOCK_SIZE_MULTIPLE,
     HEAD_SIZES,
@@ -45,6 +44,7 @@ from .prefill import prefill_kernel
 from .rotation import block_size, rotate, split_norm
 from .schedule import Sight, VarlenSchedule, check_window, count_ranges, make_sight
 from .softmax import LOG2_E
+from .token_head_cache import offset_in_page
 
 FEATURES = (
     "sinks",
@@ -199,13 +199,15 @@ def rotated_specs(specs: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
 
 
 def check_cache_scales(specs: dict[str, TensorSpec]) -> None:
-    """Rejects scales of K and V that are neither one each nor one per token and head."""
+    """Rejects scales that are neither one for all nor one per token and head."""
     key_cache, query = specs["key_cache"], specs["query"]
     names = ("k_scale", "v_scale")
     if not has_token_scales(specs):
         if key_cache.dtype in KV_INTEGER_DTYPES:
             allowed = "one per token and head, as the cache is in integers"
-            got = f"shape {list(specs['k_scale'].shape)}" if "k_scale" in specs else None
+            got = (
+                f"shape {list(specs['k_scale'].shape)}" if "k_scale" in specs else None
+            )
             reject("k_scale", got, f"[num_blocks, block_size, num_kv_heads], {allowed}")
         for name in names:
             if spec := specs.get(name):
