@@ -228,6 +228,7 @@ class Conch(Provider):
             kv_dtype=inputs.key_cache.dtype,
             device=inputs.query.device,
             sliding_window=case.window,
+            token_scales=inputs.has_token_scales,
             portable=self.portable,
         )
         schedule.update(

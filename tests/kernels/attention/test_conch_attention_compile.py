@@ -163,6 +163,7 @@ def record(case: Case, device) -> list[tuple]:
             device="meta",
             sliding_window=case.options.get("sliding_window"),
             decode_query_len=case.decode_query_len,
+            token_scales=case.token_scales,
             portable=True,
         )
         lengths = integers(65), integers(64)

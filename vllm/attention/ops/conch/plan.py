@@ -58,6 +58,7 @@ class Shape(NamedTuple):
     block_size: int
     query_dtype: torch.dtype
     kv_dtype: torch.dtype
+    token_scales: bool = False  # of K and V, one for every token and head
 
     @property
     def group(self) -> int:
@@ -107,6 +108,10 @@ def check_layer_shape(shape: Shape) -> None:
     if shape.kv_dtype == KV_INT4_DTYPE and shape.head_size % INT4_HEAD_MULTIPLE:
         allowed = f"a multiple of {INT4_HEAD_MULTIPLE} with an int4 cache"
         reject("head_size", shape.head_size, allowed)
+    if shape.token_scales and shape.kv_dtype not in KV_SCALED_DTYPES:
+        reject("kv_dtype", shape.kv_dtype, ", ".join(map(str, KV_SCALED_DTYPES)))
+    if shape.token_scales and shape.query_dtype == QUERY_FP8_DTYPE:
+        reject("query_dtype", shape.query_dtype, "others with scales per token")
 
 
 @dataclass(frozen=True)

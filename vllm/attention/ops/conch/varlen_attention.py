@@ -267,12 +267,12 @@ def check_options(
 
 
 def check_schedule(specs: dict[str, TensorSpec], shape: Shape) -> None:
-    given = shape_of(*(specs[name] for name in ("query", "key_cache")))
+    given = shape_of(*(specs.get(name) for name in ("query", "key_cache", "k_scale")))
     if given != shape:
         reject("schedule", f"one made for {shape}", f"one made for {given}")
 
 
-def shape_of(query, key_cache) -> Shape:
+def shape_of(query, key_cache, k_scale) -> Shape:
     """The layer's shape, from tensors or from their specs."""
     return Shape(
         query.shape[1],
@@ -281,6 +281,7 @@ def shape_of(query, key_cache) -> Shape:
         key_cache.shape[1],
         query.dtype,
         key_cache.dtype,
+        k_scale is not None and len(k_scale.shape) == 3,
     )
 
 
@@ -380,7 +381,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
     sight = options.sight
     strides = [free_strides(specs[name])[:3] for name in ("key_cache", "value_cache")]
     scale_strides, stride_unit = None, 1
-    if has_token_scales(specs):
+    if shape.token_scales:
         scale_strides = tuple(free_strides(specs[n]) for n in ("k_scale", "v_scale"))
         stride_unit = math.gcd(16, *strides[0], *strides[1])
         strides = [tuple(s // stride_unit for s in three) for three in strides]
@@ -592,7 +593,7 @@ def varlen_attention(
         schedule = VarlenSchedule(
             max_num_seqs=num_seqs,
             max_num_tokens=num_tokens,
-            **shape_of(query, key_cache)._asdict(),
+            **shape_of(query, key_cache, k_scale)._asdict(),
             device=query.device,
             sliding_window=sliding_window,
             chunk_lookback=chunk_lookback,
@@ -617,7 +618,7 @@ def varlen_attention(
     )
     shape, plan = schedule.shape, schedule.plan
     value_offset = None
-    if k_scale is not None and k_scale.dim() == 3:
+    if shape.token_scales:
         value_offset = offset_in_page(key_cache, value_cache)
     options = Options(
         scale,

@@ -656,6 +656,7 @@ class ConchAttentionImpl(ConchImplBase):
             block_size=PAGE_MULTIPLE if self.is_encoder else block_size,
             query_dtype=self.query_dtype,
             kv_dtype=self.stored_dtype,
+            token_scales=self.token_head_dtype is not None,
             device=device,
             sliding_window=self.sliding_window,
             decode_query_len=decode_query_len,
