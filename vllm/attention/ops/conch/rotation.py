@@ -109,16 +109,15 @@ def rotate_rows(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_tokens_ptr", "num_rows"])
+@triton.jit(do_not_specialize=["num_tokens_ptr"])
 def rotate_kernel(
     target_ptr,  # [num_tokens, NUM_HEADS, HEAD_SIZE]; may be the source
     source_ptr,
     matrix_ptr,  # [HEAD_PADDED, HEAD_PADDED]
-    num_tokens_ptr,  # [1] tokens that count; None: all
+    num_tokens_ptr,  # [1] tokens that count
     scale_ptr,  # [1] by which the result is divided; None: 1
     target_strides,  # (token, head)
     source_strides,
-    num_rows,
     NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
@@ -129,9 +128,7 @@ def rotate_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = (row // NUM_HEADS).to(tl.int64)
     head = row % NUM_HEADS
-    valid = row < num_rows
-    if num_tokens_ptr is not None:
-        valid = valid & (token < tl.load(num_tokens_ptr))
+    valid = token < tl.load(num_tokens_ptr)
     rotated = rotate_rows(
         source_ptr + token * source_strides[0] + head * source_strides[1],
         valid,
@@ -159,12 +156,11 @@ def prepare(
     target_strides: tuple[int, int],
     source_strides: tuple[int, int],
     fp8: torch.dtype | None,
-    num_rows: int,
 ) -> Launch:
     return Launch(
         rotate_kernel,
-        (triton.cdiv(num_rows, ROWS),),
-        (target_strides, source_strides, num_rows),
+        (1,),
+        (target_strides, source_strides),
         dict(
             NUM_HEADS=num_heads,
             HEAD_SIZE=head_size,
@@ -181,11 +177,11 @@ def prepare(
 def rotate(
     target: torch.Tensor,
     source: torch.Tensor,
+    num_tokens: torch.Tensor,
     head_padded: int,
     *,
     divisor: float,
     inverse: bool = False,
-    num_tokens: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     fp8: torch.dtype | None = None,
 ) -> None:
@@ -195,10 +191,10 @@ def rotate(
         target: [num_tokens, num_heads, head_size], the bytes of fp8 if that is given.
             It may be the source.
         source: the same shape, float16, bfloat16 or float32.
+        num_tokens: [1] int32, rows of later tokens are neither read nor written.
         head_padded: head_size padded to a power of two, 32 or more.
         divisor: power of two by which the result is divided.
         inverse: rotates back.
-        num_tokens: [1] int32, rows of later tokens are neither read nor written.
         scale: [1] float32 by which a result in fp8 is divided too.
         fp8: format of the target, None: its dtype.
     """
@@ -210,9 +206,9 @@ def rotate(
         target.stride()[:2],
         source.stride()[:2],
         fp8,
-        tokens * num_heads,
     )
     matrix = rotation_matrix(
         head_size, head_padded, source.dtype, source.device, divisor, inverse
     )
-    launch(target, source, matrix, num_tokens, scale)
+    programs = triton.cdiv(tokens * num_heads, ROWS)
+    launch(target, source, matrix, num_tokens, scale, grid=(programs, 1))

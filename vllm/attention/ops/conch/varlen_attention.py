@@ -649,7 +649,8 @@ def varlen_attention(
     if plan.kv_format == "int4":
         rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         divisor = split_norm(shape.head_size)[0]
-        rotate(rotated, query, shape.head_padded, divisor=divisor)
+        num_tokens = query_start_loc[-1:]
+        rotate(rotated, query, num_tokens, shape.head_padded, divisor=divisor)
         if output_scale is not None:
             attended = torch.empty_like(rotated)
             features = (*features[:-1], None)
@@ -726,10 +727,10 @@ def varlen_attention(
         rotate(
             output,
             attended,
+            num_tokens,
             shape.head_padded,
             divisor=float(block_size(shape.head_size)),
             inverse=True,
-            num_tokens=query_start_loc[-1:],
             scale=output_scale,
             fp8=output_dtype if output_scale is not None else None,
         )
