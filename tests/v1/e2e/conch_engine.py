@@ -88,12 +88,13 @@ def save(
 def engine(
     folder: str,
     num_attention_layers: int = SHAPE["num_hidden_layers"],
+    backend: type = conch_attn.ConchAttentionBackend,
     **options: Any,
 ) -> Iterator[vllm.LLM]:
-    """An engine whose every attention layer runs CONCH."""
+    """An engine whose every attention layer runs CONCH, or another backend."""
     llm = vllm.LLM(
         folder,
-        attention_config={"backend": "CONCH"},
+        attention_config={"backend": backend.get_name()},
         dtype="float32",
         enforce_eager=True,
         disable_log_stats=False,
@@ -114,7 +115,7 @@ def engine(
         layers = config.static_forward_context.values()
         impls = [layer.impl for layer in layers if hasattr(layer, "impl")]
         assert len(impls) == num_attention_layers
-        assert all(isinstance(impl, conch_attn.ConchAttentionImpl) for impl in impls)
+        assert all(isinstance(impl, backend.get_impl_cls()) for impl in impls)
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()  # a failed test keeps a reference

@@ -9,6 +9,7 @@ edge and at the sequence's end are masked; those between run without a mask.
 
 from vllm.triton_utils import tl, triton
 
+from .kv_format import in_elements
 from .limits import row_limits
 from .tile import (
     attend_tiles,
@@ -17,6 +18,7 @@ from .tile import (
     load_slopes,
     query_rows,
     row_offsets,
+    scales_of_head,
     start_state,
     whole,
     write_rows,
@@ -130,7 +132,7 @@ def prefill_kernel(
     block_table_ptr,  # [num_seqs, max_blocks]
     items_ptr,  # [num_items, ITEM_FIELDS]
     q_scale_ptr,  # [1] or None
-    k_scale_ptr,
+    k_scale_ptr,  # [1] or None; with strides [num_blocks, block_size, num_kv_heads]
     v_scale_ptr,
     sinks_ptr,  # [num_query_heads] or None
     slopes_ptr,  # [num_query_heads] fp32, or None
@@ -143,6 +145,7 @@ def prefill_kernel(
     query_strides,
     key_strides,  # (page, slot, head)
     value_strides,
+    scale_strides,  # those of k_scale and of v_scale, as above; None: they are [1]
     block_table_stride,
     scale,  # softmax scale in log2 units; with softcap: the cap in log2 units
     cap_scale,  # softcap's inner scale
@@ -160,6 +163,10 @@ def prefill_kernel(
     MASKED_TILE: tl.constexpr,  # keys in other tiles
     PRECISION: tl.constexpr,
     PAIRED_VALUES: tl.constexpr,
+    KV_FORMAT: tl.constexpr,
+    WIDENING: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,  # elements that strides of K and V are given in
+    VALUE_OFFSET: tl.constexpr,  # of V behind K in a page of both; None: elsewhere
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -195,8 +202,9 @@ def prefill_kernel(
     dims_valid = row_valid[:, None] & (dims < HEAD_SIZE)[None, :]
     offsets = row_offsets(query_start, token, head, query_strides, dims)
     scales, v_scale = load_scales(
-        q_scale_ptr, k_scale_ptr, v_scale_ptr, (scale, cap_scale), SOFTCAP
-    )
+        q_scale_ptr, k_scale_ptr, v_scale_ptr, scale_strides, (scale, cap_scale),
+        SOFTCAP,
+    )  # fmt: skip
     query, scales = load_query(
         query_ptr, offsets, dims_valid, scales, key_ptr.dtype.element_ty, SOFTCAP
     )
@@ -217,6 +225,10 @@ def prefill_kernel(
     keys_range, before, seen_whole, after = bounds
     position = seq_len - query_len + token
     block_row = block_table_ptr + sequence.to(tl.int64) * block_table_stride
+    key_strides = in_elements(key_strides, STRIDE_UNIT)
+    value_strides = in_elements(value_strides, STRIDE_UNIT)
+    if VALUE_OFFSET is not None:
+        value_ptr = key_ptr + VALUE_OFFSET
     key_ptr += kv_head.to(tl.int64) * key_strides[2]
     value_ptr += kv_head.to(tl.int64) * value_strides[2]
     if slopes_ptr is None:
@@ -228,29 +240,36 @@ def prefill_kernel(
         boxes: tl.constexpr = None
     else:
         boxes = (key_boxes, value_boxes, kv_head)
-    state = start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
+    if scale_strides is None:
+        token_scales: tl.constexpr = None
+    else:
+        token_scales = scales_of_head(k_scale_ptr, v_scale_ptr, scale_strides, kv_head)
+    state = start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES, KV_FORMAT)
     # Left edge of the window, then whole tiles, then diagonal and end.
     if WINDOWED or LIMITED:
         state = attend_tiles(
             state, query, position, key_ptr, value_ptr, key_strides, value_strides,
             block_row, before, keys_range, scales, sight, None,
-            CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
+            token_scales, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
             MASKED_TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
+            KV_FORMAT, WIDENING,
         )  # fmt: skip
     state = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
         block_row, seen_whole, keys_range, scales, sight, boxes,
-        CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, False,
+        token_scales, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, False,
         TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
+        KV_FORMAT, WIDENING,
     )  # fmt: skip
     acc, row_max, row_sum = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
         block_row, after, keys_range, scales, sight, None,
-        CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
+        token_scales, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
         MASKED_TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
+        KV_FORMAT, WIDENING,
     )  # fmt: skip
 
-    acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
+    acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES, KV_FORMAT)
     target = (
         output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr, output_scale_ptr,
     )  # fmt: skip
