@@ -314,6 +314,7 @@ def make_schedule(batch: Batch, **options) -> VarlenSchedule:
         "device": batch.query.device,
         "sliding_window": batch.sliding_window,
         "chunk_lookback": batch.chunk_lookback,
+        "token_scales": batch.k_scale is not None and batch.k_scale.dim() == 3,
     } | options
     return VarlenSchedule(**options)
 

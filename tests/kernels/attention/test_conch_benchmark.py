@@ -181,6 +181,18 @@ def test_probes_with_an_fp8_cache():
         torch.testing.assert_close(whole.output[rows, heads], expected.output)
 
 
+@pytest.mark.parametrize("kv_dtype", cases.TOKEN_HEAD_OPTIONS)
+def test_caches_with_a_scale_per_token_and_head(kv_dtype):
+    case = parse(f"q1s40_q20s40@{kv_dtype}", SMALL)
+    inputs = providers.make_inputs(case, FLOAT32, "cpu")
+    width = 16 if kv_dtype.startswith("int4") else 32
+    assert case.kv_bytes(1) == 2 * 80 * 2 * (width + 4)
+    assert inputs.key_cache.shape[1:] == (16, 2, width)
+    probes = benchmark.make_probes(inputs, providers.Conch().query(inputs))
+    providers.Conch().make(inputs)()
+    benchmark.check(inputs.output, probes, FLOAT32)
+
+
 # ---------------------------------------------------------------- measuring
 
 

@@ -89,19 +89,20 @@ def attention_impls(worker: Any) -> list[str]:
     config = worker.vllm_config.compilation_config
     layers = config.static_forward_context.values()
     impls = [layer.impl for layer in layers if hasattr(layer, "impl")]
-    return [f"{type(impl).__name__} {impl.num_shares}" for impl in impls]
+    return [f"{type(impl).__name__} {getattr(impl, 'num_shares', 1)}" for impl in impls]
 
 
 @contextmanager
 def engine(
     folder: str,
     num_attention_layers: int = SHAPE["num_hidden_layers"],
+    backend: type = conch_attn.ConchAttentionBackend,
     **options: Any,
 ) -> Iterator[vllm.LLM]:
-    """An engine whose every attention layer runs CONCH."""
+    """An engine whose every attention layer runs CONCH, or another backend."""
     llm = vllm.LLM(
         folder,
-        attention_config={"backend": "CONCH"},
+        attention_config={"backend": backend.get_name()},
         dtype="float32",
         disable_log_stats=False,
         seed=0,
@@ -119,7 +120,7 @@ def engine(
     )
     try:
         num_shares = options.get("decode_context_parallel_size", 1)
-        name = conch_attn.ConchAttentionImpl.__name__
+        name = backend.get_impl_cls().__name__
         for impls in llm.collective_rpc(attention_impls):
             assert impls == [f"{name} {num_shares}"] * num_attention_layers
         yield llm

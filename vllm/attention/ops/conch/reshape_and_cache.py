@@ -31,7 +31,14 @@ from .checks import (
 )
 from .fp8 import FP8_DTYPES, divide_to_fp8, storage_view, triton_fp8
 from .launch import Launch
-from .plan import this_device
+from .plan import KV_INT4_DTYPE, KV_INTEGER_DTYPES, this_device
+from .rotation import rotation_matrix
+from .token_head_cache import (
+    check_scales,
+    offset_in_page,
+    padded_head,
+    plan_launch,
+)
 
 SOURCE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -184,11 +191,19 @@ def check_arguments(
         "Pass a view with the heads of key, such as cache.transpose(1, 2) of an HND"
         " cache or one half of a page that packs K and V."
     )
+    width = head_size
+    if key_cache.dtype == KV_INT4_DTYPE:
+        width = head_size // 2
+        advice = (
+            "torch.uint8 stands for int4, two elements to a byte. View a cache of other"
+            " bytes with cache.view(torch.float8_e4m3fn)."
+        )
     check_shape(
-        "key_cache", key_cache, pages, (None, None, num_kv_heads, head_size), advice
+        "key_cache", key_cache, pages, (None, None, num_kv_heads, width), advice
     )
     advice = "View a cache of bytes with cache.view(torch.float8_e4m3fn)."
-    check_dtype("key_cache", key_cache, (key.dtype, *FP8_DTYPES), advice)
+    allowed = (key.dtype, *FP8_DTYPES, *KV_INTEGER_DTYPES)
+    check_dtype("key_cache", key_cache, allowed, advice)
     check_last_stride("key_cache", key_cache)
     advice = "K and V need pages of the same shape."
     check_shape("value_cache", value_cache, pages, key_cache.shape, advice)
@@ -213,11 +228,43 @@ def check_arguments(
         value_cache=value_cache,
         slot_mapping=slot_mapping,
     )
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    named |= {name: scale for name, scale in scales.items() if scale is not None}
     for name, spec in named.items():
         check_device(name, spec, "key", key)
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+    if has_token_scales(key_cache.dtype, k_scale.shape if k_scale else None):
+        check_scales(key, key_cache, k_scale, v_scale)
+        return
+    for name, scale in scales.items():
         if scale is not None:
             check_scale(name, scale, "key", key)
+
+
+def has_token_scales(
+    cache_dtype: torch.dtype, k_scale_shape: tuple[int, ...] | None
+) -> bool:
+    """Whether there is a scale for every token and head, or has to be."""
+    return cache_dtype in KV_INTEGER_DTYPES or (
+        k_scale_shape is not None and len(k_scale_shape) == 3
+    )
+
+
+@lru_cache(maxsize=4096)
+def prepare_token_scales(
+    value_offset: int | None, *signatures: tuple | None
+) -> Launch | None:
+    """As `prepare`, where every token and head has a scale; None without tokens.
+
+    Args:
+        value_offset: see `offset_in_page`.
+        *signatures: of all tensors.
+    """
+    specs = specs_of(signatures)
+    check_arguments(*specs)
+    num_tokens = specs[4].shape[0]
+    if num_tokens == 0:
+        return None
+    return plan_launch((*specs[:4], *specs[5:]), value_offset, num_tokens)
 
 
 class Launches(NamedTuple):
@@ -330,7 +377,7 @@ def reshape_and_cache(
     *,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
-) -> PreparedWrite:
+) -> PreparedWrite | None:
     """Copies each token's key and value to its slot in the KV cache.
 
     Args:
@@ -338,24 +385,28 @@ def reshape_and_cache(
             strides with the last 1; rows past the end of slot_mapping are padding.
         value: As key, with its own strides.
         key_cache: [num_blocks, block_size, num_kv_heads, head_size], key's dtype or an
-            fp8 dtype.  Any strides with the last 1: NHD, HND or half of a packed page.
+            fp8 dtype, int8, or uint8 [..., head_size / 2] for int4, two elements to a
+            byte.  Any strides with the last 1: NHD, HND or half of a packed page.
         value_cache: As key_cache, with its own strides.
         slot_mapping: [num_tokens] int64, block * block_size + place in the block.
             Tokens with a negative slot are skipped.  Slots must lie within the cache
             and differ; neither is checked.
         k_scale: fp32, one element, on the device; None is 1.  An fp8 cache holds
             key / k_scale, saturated to the finite range of the dtype; NaN stays NaN.
-            Without effect on other caches.
+            Without effect on caches of key's dtype.  Or fp32
+            [num_blocks, block_size, num_kv_heads], any strides, for e4m3 and integers,
+            which need it: receives a scale for every token and head that is written,
+            see `token_head_cache`.
         v_scale: The same for values.
 
     Returns:
         What writes again, without checks, where only key, value and slot_mapping are
-        others.
+        others; None where every token and head has a scale.
 
     Raises:
         ValueError: An argument has a wrong shape, dtype, device or stride.
     """
-    launches = prepare(
+    signatures = (
         signature(key),
         signature(value),
         signature(key_cache),
@@ -364,6 +415,22 @@ def reshape_and_cache(
         None if k_scale is None else signature(k_scale),
         None if v_scale is None else signature(v_scale),
     )
+    k_scale_shape = None if k_scale is None else k_scale.shape
+    if has_token_scales(key_cache.dtype, k_scale_shape):
+        value_offset = offset_in_page(key_cache, value_cache)
+        launch = prepare_token_scales(value_offset, *signatures)
+        rotation = None
+        if key_cache.dtype == KV_INT4_DTYPE:
+            padded = padded_head(key.shape[-1], KV_INT4_DTYPE)
+            rotation = rotation_matrix(key.shape[-1], padded, key.dtype, key.device)
+        elif key_cache.dtype in FP8_DTYPES:
+            key_cache = storage_view(key_cache)
+            value_cache = storage_view(value_cache)
+        if launch is not None:
+            caches = (key_cache, value_cache)
+            launch(key, value, *caches, slot_mapping, k_scale, v_scale, rotation)
+        return None
+    launches = prepare(*signatures)
     if key_cache.dtype == key.dtype:
         k_scale = v_scale = None
     else:
@@ -392,6 +459,8 @@ def warm_up(
         v_scale: The same for values.
     """
     _, _, num_kv_heads, head_size = key_cache.shape
+    if key_cache.dtype == KV_INT4_DTYPE:
+        head_size *= 2
     device = key_cache.device
     num_units = this_device(device.index).num_units
     # One row for all tokens: only the number of tokens chooses the variant.

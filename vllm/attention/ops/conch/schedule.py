@@ -18,6 +18,7 @@ from .decode import SEQUENCE_FIELDS, WORKER_FIELDS, decode_key_tiles, decode_row
 from .launch import Launch
 from .limits import first_seen_key
 from .plan import (
+    KV_INTEGER_DTYPES,
     MAX_DECODE_QUERY_LEN,
     SEGMENT_BYTES,
     AttentionPlan,
@@ -364,6 +365,7 @@ class VarlenSchedule:
         device: where the buffers live.
         sliding_window: keys that a query sees, itself included; None: all.
         chunk_lookback: as for `varlen_attention`.
+        token_scales: the cache has scales per token and head; always so in integers.
         decode_query_len: in a batch with longer queries, sequences with up to this
             many query tokens are decodes; the others are prefills.
         num_workers: programs of the decode kernel; None: as many as fit the device.
@@ -386,15 +388,16 @@ class VarlenSchedule:
         device: torch.device | str,
         sliding_window: int | None = None,
         chunk_lookback: int = -1,
+        token_scales: bool = False,
         decode_query_len: int = 1,
         num_workers: int | None = None,
         portable: bool = False,
         batch_invariant: bool = False,
     ) -> None:
         self.device = torch.device(device)
-        self.shape = Shape(
-            num_query_heads, num_kv_heads, head_size, block_size, query_dtype, kv_dtype
-        )
+        heads = (num_query_heads, num_kv_heads, head_size)
+        token_scales |= kv_dtype in KV_INTEGER_DTYPES
+        self.shape = Shape(*heads, block_size, query_dtype, kv_dtype, token_scales)
         at_least = dict(
             max_num_seqs=max_num_seqs,
             max_num_tokens=max_num_tokens,
@@ -406,6 +409,8 @@ class VarlenSchedule:
                 reject(name, value, "1 or more")
         check_window(sliding_window, chunk_lookback)
         check_layer_shape(self.shape)
+        if batch_invariant and self.shape.token_scales:
+            reject("token_scales", True, "False where batch_invariant is True")
         self.sight = Sight(sliding_window, chunk_lookback, None, False, False)
         self.decode_query_len = decode_query_len
         self.portable = portable

@@ -21,7 +21,13 @@ from vllm.attention.ops.conch import (
     varlen_attention,
 )
 from vllm.attention.ops.conch.hopper_prefill import DTYPES as HOPPER_DTYPES
-from vllm.attention.ops.conch.plan import Shape, hopper_kernel, this_device
+from vllm.attention.ops.conch.plan import (
+    INT4_HEAD_MULTIPLE,
+    KV_INT4_DTYPE,
+    Shape,
+    hopper_kernel,
+    this_device,
+)
 from vllm.attention.ops.conch.reshape_and_cache import (
     PreparedWrite,
     min_large_tokens,
@@ -37,6 +43,7 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends import conch_dcp
 from vllm.v1.attention.backends.conch_base import (
     PAGE_MULTIPLE,
+    TOKEN_HEAD_FORMATS,
     AttentionCGSupport,
     AttentionLayer,
     AttentionSpec,
@@ -55,6 +62,8 @@ from vllm.v1.attention.backends.conch_base import (
     mm_prefix_ranges,
     rswa_prefix_lens,
     rswa_window,
+    token_head_dtype,
+    token_scale_views,
 )
 from vllm.v1.attention.backends.conch_pages import BatchPages, pages_of_batch
 
@@ -106,6 +115,20 @@ def keep_prepared(calls: dict[tuple, Any], kind: tuple, call: Any) -> None:
     calls[kind] = call
 
 
+def row_width(head_size: int, dtype: torch.dtype | None) -> int:
+    """Elements of the cache that a token's K, or V, of one head takes."""
+    return head_size // 2 if dtype == KV_INT4_DTYPE else head_size
+
+
+class Caches(NamedTuple):
+    """Views of a layer's cache; scales are those per token and head, if any."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    k_scale: torch.Tensor | None
+    v_scale: torch.Tensor | None
+
+
 def unsupported(
     head_size: int,
     dtype: torch.dtype,
@@ -135,22 +158,35 @@ def unsupported(
     ):
         reasons.append(
             f"kv_cache_dtype {kv_cache_dtype} not supported with dtype {dtype}: it "
-            "must be auto, the same or an fp8 format"
+            "must be auto, the same or a quantised format"
         )
+    elif kv_cache_dtype in TOKEN_HEAD_FORMATS:
+        # Where the row of a head ends a scale begins, which is an fp32.
+        is_int4 = token_head_dtype(kv_cache_dtype) == KV_INT4_DTYPE
+        multiple = INT4_HEAD_MULTIPLE if is_int4 else 4
+        if head_size % multiple:
+            reasons.append(
+                f"kv_cache_dtype {kv_cache_dtype} not supported with head_size "
+                f"{head_size}: the size must be a multiple of {multiple}"
+            )
+        if is_batch_invariant():
+            reasons.append(
+                f"kv_cache_dtype {kv_cache_dtype} not supported with batch invariance: "
+                "use --kv-cache-dtype auto or fp8"
+            )
     if not backend.supports_attn_type(attn_type):
         reasons.append(
             f"attention type {attn_type} not supported: it must be one of "
             f"{', '.join(ATTENTION_TYPES)}"
         )
-    return reasons + unsupported_by_device(dtype, kv_cache_dtype, capability)
+    return reasons + unsupported_by_device(dtype, capability)
 
 
 def unsupported_by_device(
-    dtype: torch.dtype, kv_cache_dtype: str | None, capability: DeviceCapability | None
+    dtype: torch.dtype, capability: DeviceCapability | None
 ) -> list[str]:
     """The reasons that lie in the device: number formats that it lacks."""
     reasons = []
-    is_e4m3 = kv_cache_dtype in ("fp8", "fp8_e4m3")
     if current_platform.is_cuda() and capability is not None:
         version = capability.as_version_str()
         if dtype == torch.bfloat16 and capability < DeviceCapability(8, 0):
@@ -158,16 +194,6 @@ def unsupported_by_device(
                 f"dtype torch.bfloat16 needs compute capability 8.0, this device has "
                 f"{version}: use --dtype float16"
             )
-        if is_e4m3 and capability < DeviceCapability(8, 9):
-            reasons.append(
-                f"kv_cache_dtype {kv_cache_dtype} needs compute capability 8.9, this "
-                f"device has {version}: use --kv-cache-dtype fp8_e5m2 or auto"
-            )
-    if current_platform.is_rocm() and is_e4m3 and not current_platform.supports_fp8():
-        reasons.append(
-            f"kv_cache_dtype {kv_cache_dtype} needs a device with fp8 instructions: "
-            "use --kv-cache-dtype fp8_e5m2 or auto"
-        )
     return reasons
 
 
@@ -196,6 +222,7 @@ class ConchAttentionBackend(ConchBackendBase):
         "fp8",
         "fp8_e4m3",
         "fp8_e5m2",
+        *TOKEN_HEAD_FORMATS,
     ]
 
     @staticmethod
@@ -486,6 +513,10 @@ class ConchAttentionImpl(ConchImplBase):
         self.attn_type = attn_type
         self.is_encoder = attn_type in ENCODER_TYPES
         self.fp8_dtype = None if self.is_encoder else fp8_cache_dtype(kv_cache_dtype)
+        # Of a cache with a scale for each token and head.
+        self.token_head_dtype = (
+            None if self.is_encoder else token_head_dtype(kv_cache_dtype)
+        )
         self.dtype = torch.get_default_dtype()  # the model's, while it is built
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
@@ -518,7 +549,7 @@ class ConchAttentionImpl(ConchImplBase):
         # K and V views of the bound cache, which would cost every call anew. The
         # engine gives up the cache that it profiles with, and so do these.
         self.kv_cache: Callable[[], torch.Tensor | None] = lambda: None
-        self.key_value: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.key_value: Caches | None = None
         # Checked calls on these views, to be repeated.
         self.attentions: dict[tuple, PreparedAttention] = {}
         self.writes: dict[tuple, PreparedWrite] = {}
@@ -615,20 +646,37 @@ class ConchAttentionImpl(ConchImplBase):
         if self.num_shares > 1:
             conch_dcp.reserve(query, self.num_shares)
 
-    def key_value_caches(
-        self, kv_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V views of the layer's cache, in the dtype that its bytes stand for."""
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What the elements of the cache are to be read as."""
+        return self.token_head_dtype or self.fp8_dtype or self.dtype
+
+    def key_value_caches(self, kv_cache: torch.Tensor) -> Caches:
+        """Views of the layer's cache, in the dtype that its bytes stand for."""
         if kv_cache is not self.kv_cache() or self.key_value is None:
             self.forget_views()
             # Views of .data: views of the tensor itself would keep it alive.
-            key_cache, value_cache = key_value_views(kv_cache.data, self.head_size)
-            if self.fp8_dtype is not None:
-                key_cache = key_cache.view(self.fp8_dtype)
-                value_cache = value_cache.view(self.fp8_dtype)
-            self.key_value = (key_cache, value_cache)
+            width = row_width(self.head_size, self.token_head_dtype)
+            key_cache, value_cache = key_value_views(kv_cache.data, width)
+            if self.fp8_dtype is not None or self.token_head_dtype is not None:
+                key_cache = key_cache.view(self.stored_dtype)
+                value_cache = value_cache.view(self.stored_dtype)
+            k_scale = v_scale = None
+            if self.token_head_dtype is not None:
+                k_scale, v_scale = token_scale_views(kv_cache.data, width)
+            self.key_value = Caches(key_cache, value_cache, k_scale, v_scale)
             self.kv_cache = weakref.ref(kv_cache, self.forget_views)
         return self.key_value
+
+    def scales_of(
+        self, layer: AttentionLayer, caches: Caches | None
+    ) -> dict[str, torch.Tensor | None]:
+        """k_scale and v_scale of a layer with these caches."""
+        if self.fp8_dtype is not None:
+            return {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
+        if caches is None:
+            return {"k_scale": None, "v_scale": None}
+        return {"k_scale": caches.k_scale, "v_scale": caches.v_scale}
 
     def forget_views(self, _: Any = None) -> None:
         self.key_value = None
@@ -645,24 +693,23 @@ class ConchAttentionImpl(ConchImplBase):
     ) -> None:
         if self.is_encoder or kv_cache.numel() == 0:  # none: profiling
             return
-        key_cache, value_cache = self.key_value_caches(kv_cache)
+        caches = self.key_value_caches(kv_cache)
         # One token's stride counts for nothing.
         layout = (key.dtype, key.stride(), value.stride(), key.shape[0] == 1)
         prepared = self.writes.get(layout)
         if prepared is not None:
             prepared(key, value, slot_mapping)
             return
-        is_fp8 = self.fp8_dtype is not None
         prepared = reshape_and_cache(
             key,
             value,
-            key_cache,
-            value_cache,
+            caches.key,
+            caches.value,
             slot_mapping,
-            k_scale=layer._k_scale if is_fp8 else None,
-            v_scale=layer._v_scale if is_fp8 else None,
+            **self.scales_of(layer, caches),
         )
-        keep_prepared(self.writes, layout, prepared)
+        if prepared is not None:
+            keep_prepared(self.writes, layout, prepared)
 
     def attend(
         self,
@@ -678,11 +725,13 @@ class ConchAttentionImpl(ConchImplBase):
         if metadata.share is not None:
             conch_dcp.attend(self, layer, query, key, value, kv_cache, metadata, output)
             return
+        caches = None
         schedule = metadata.schedules[self.schedule_key]
         if self.is_encoder:
             key_cache, value_cache = pages_of_batch(key), pages_of_batch(value)
         else:
-            key_cache, value_cache = self.key_value_caches(kv_cache)
+            caches = self.key_value_caches(kv_cache)
+            key_cache, value_cache = caches.key, caches.value
         # Neither K and V nor a flag or a scale are tensors of this batch alone.
         is_repeatable = (
             not self.is_encoder
@@ -701,7 +750,6 @@ class ConchAttentionImpl(ConchImplBase):
             if prepared is not None:
                 prepared(query, output)
                 return
-        is_fp8 = self.fp8_dtype is not None
         prepared = varlen_attention(
             query,
             key_cache,
@@ -716,8 +764,7 @@ class ConchAttentionImpl(ConchImplBase):
             softcap=self.softcap,
             sliding_window=self.sliding_window,
             q_scale=layer._q_scale if query.dtype == self.fp8_dtype else None,
-            k_scale=layer._k_scale if is_fp8 else None,
-            v_scale=layer._v_scale if is_fp8 else None,
+            **self.scales_of(layer, caches),
             schedule=schedule,
             sinks=self.sinks,
             alibi_slopes=self.alibi_slopes,
@@ -728,7 +775,7 @@ class ConchAttentionImpl(ConchImplBase):
             chunk_lookback=self.schedule_key.chunk_lookback,
             output_scale=output_scale,
         )
-        if is_repeatable:
+        if is_repeatable and prepared is not None:
             keep_prepared(self.attentions, kind, prepared)
 
     def make_schedule(
@@ -756,7 +803,8 @@ class ConchAttentionImpl(ConchImplBase):
             head_size=self.head_size,
             block_size=PAGE_MULTIPLE if of_batch else block_size,
             query_dtype=self.query_dtype,
-            kv_dtype=self.dtype if self.fp8_dtype is None else self.fp8_dtype,
+            kv_dtype=self.stored_dtype,
+            token_scales=self.token_head_dtype is not None,
             device=device,
             sliding_window=self.sliding_window,
             chunk_lookback=self.schedule_key.chunk_lookback,
@@ -784,7 +832,7 @@ class ConchAttentionImpl(ConchImplBase):
         block_size = PAGE_MULTIPLE
         if not self.is_encoder:
             kv_cache = bound_kv_cache(layer)
-            block_size = self.key_value_caches(kv_cache)[0].shape[1]
+            block_size = self.key_value_caches(kv_cache).key.shape[1]
         schedule = self.make_schedule(block_size, self.device(layer))
         shares = None
         if self.num_shares > 1:

@@ -315,7 +315,7 @@ def attend(
     result, lse = torch.empty_like(queries), no_lse(queries)
     varlen_attention(
         queries,
-        *impl.key_value_caches(kv_cache),
+        *impl.key_value_caches(kv_cache)[:2],
         result,
         metadata.query_start_loc,
         share.seq_lens,

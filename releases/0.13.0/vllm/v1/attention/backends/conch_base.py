@@ -41,6 +41,7 @@ __all__ = [
     "ConchBuilderBase",
     "ConchImplBase",
     "PAGE_MULTIPLE",
+    "TOKEN_HEAD_FORMATS",
     "attends_both_ways",
     "bound_kv_cache",
     "conch_impls",
@@ -52,6 +53,8 @@ __all__ = [
     "mm_prefix_ranges",
     "rswa_prefix_lens",
     "rswa_window",
+    "token_head_dtype",
+    "token_scale_views",
 ]
 
 PAGE_MULTIPLE = 16  # pages hold a multiple of so many tokens
@@ -64,6 +67,22 @@ PHYSICAL_ORDERS = {"NHD": (0, 1, 2, 3, 4), "HND": (0, 1, 3, 2, 4)}
 # The same for one cache of all layers, whose logical first dimension is the layer:
 # what belongs to a block, or to a head of a block, lies together.
 CROSS_LAYER_ORDERS = {"NHD": (1, 0, 2, 3, 4, 5), "HND": (1, 4, 0, 2, 3, 5)}
+
+
+# Formats of the cache with a scale for each token and head: vLLM has none here.
+TOKEN_HEAD_FORMATS: tuple[str, ...] = ()
+
+
+def token_head_dtype(kv_cache_dtype: str) -> torch.dtype | None:
+    """How the elements of one of these formats are to be read; None of others."""
+    return None
+
+
+def token_scale_views(
+    kv_cache: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales of K and V of a cache in one of these formats."""
+    raise NotImplementedError("vLLM has no cache with a scale per token and head.")
 
 
 def key_value_views(

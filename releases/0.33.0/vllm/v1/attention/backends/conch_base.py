@@ -4,12 +4,14 @@
 
 The KV cache of a layer is one logical tensor [num_blocks, num_kv_heads, block_size,
 2 * head_size] with the strides of whatever physical layout the engine chose; K is the
-first half of the last dimension, V the second. vLLM writes the cache through
+first half of the last dimension, V the second. Where each token and head has scales of
+its own, each half ends with one, an fp32. vLLM writes the cache through
 do_kv_cache_update before it calls forward.
 """
 
 from abc import abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +19,7 @@ import torch
 import vllm.envs as envs
 from vllm.config import VllmConfig
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -30,7 +33,12 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import compute_mm_prefix_range_tensor
 from vllm.v1.attention.ops.conch.launch import compile_together
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    KVCacheLayout,
+    KVCacheSpec,
+    KVQuantMode,
+)
 
 __all__ = [
     "AttentionCGSupport",
@@ -42,6 +50,7 @@ __all__ = [
     "ConchBuilderBase",
     "ConchImplBase",
     "PAGE_MULTIPLE",
+    "TOKEN_HEAD_FORMATS",
     "attends_both_ways",
     "bound_kv_cache",
     "conch_impls",
@@ -53,6 +62,8 @@ __all__ = [
     "mm_prefix_ranges",
     "rswa_prefix_lens",
     "rswa_window",
+    "token_head_dtype",
+    "token_scale_views",
 ]
 
 PAGE_MULTIPLE = 16  # pages hold a multiple of so many tokens
@@ -64,12 +75,44 @@ PREFERRED_BLOCK_SIZE = 128
 PREFERRED_KV_CACHE_LAYOUTS: tuple[KVCacheLayout, ...] | None = None
 
 
+# Formats of the cache with a scale for each token and head.
+TOKEN_HEAD_FORMATS = (
+    "int8_per_token_head",
+    "fp8_per_token_head",
+    "int4_per_token_head",
+)
+SCALE_BYTES = 4
+
+
+def token_head_dtype(kv_cache_dtype: str) -> torch.dtype | None:
+    """How the elements of one of these formats are to be read; None of others."""
+    if kv_cache_dtype == "fp8_per_token_head":
+        return current_platform.fp8_dtype()
+    if kv_cache_dtype in TOKEN_HEAD_FORMATS:
+        return torch.int8 if kv_cache_dtype.startswith("int8") else torch.uint8
+    return None
+
+
 def key_value_views(
-    kv_cache: torch.Tensor, head_size: int
+    kv_cache: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V as [num_blocks, block_size, num_kv_heads, head_size] views."""
-    key_cache, value_cache = kv_cache.transpose(1, 2).split(head_size, dim=-1)
-    return key_cache, value_cache
+    """K and V as [num_blocks, block_size, num_kv_heads, width] views."""
+    pages, half = kv_cache.transpose(1, 2), kv_cache.shape[-1] // 2
+    return pages[..., :width], pages[..., half : half + width]
+
+
+def token_scale_views(
+    kv_cache: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales of K and V as [num_blocks, block_size, num_kv_heads] views.
+
+    Args:
+        kv_cache: of elements of one byte.
+        width: bytes of a row of K, or V.
+    """
+    scales = kv_cache.view(torch.float32).transpose(1, 2)
+    place = width // SCALE_BYTES
+    return scales[..., place], scales[..., 2 * place + 1]
 
 
 def bound_kv_cache(layer: AttentionLayer) -> torch.Tensor:
@@ -133,6 +176,17 @@ class ConchBackendBase(AttentionBackend):
         kv_cache_spec: KVCacheSpec | None = None,
     ) -> list[int | MultipleOf]:
         return [MultipleOf(PAGE_MULTIPLE)]
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Makes room for the scales of K and V beside their elements."""
+        mode = spec.kv_quant_mode
+        if spec.state_content_bytes is not None or not mode.is_per_token_head:
+            return spec
+        elements = spec.head_size + spec.head_size_v
+        if mode == KVQuantMode.INT4_PER_TOKEN_HEAD:
+            elements //= 2
+        return replace(spec, state_content_bytes=elements + 2 * SCALE_BYTES)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
