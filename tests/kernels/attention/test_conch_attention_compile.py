@@ -83,17 +83,22 @@ CASES = {
 }
 # Most bytes that spill all the same, by target and kernel.
 SPILLS = {
+    "sm80": {"128_int8 decode_kernel": 64},
+    "sm100": {"128_int8 decode_kernel": 8, "128_int8 prefill_kernel": 16},
     # Tiles whose rates are known; others have to be measured first.
     "sm90": {
         "80 prefill_kernel": 8,
         "128 prefill_kernel": 8,
         "128_masks prefill_kernel": 8,
         "128_page prefill_kernel": 120,
+        "128_e4m3_scales decode_kernel": 16,
+        "128_int8 decode_kernel": 16,
         "256 prefill_kernel": 96,
         "512 prefill_kernel": 192,
     },
     # 16 rows of a query of 256 take half of the registers of waves of 32.
     "gfx1100": {
+        "128_int8 decode_kernel": 56,
         "256_fp8 decode_kernel": 160,
         "256_fp8 prefill_kernel": 32,
         "512 decode_kernel": 900,

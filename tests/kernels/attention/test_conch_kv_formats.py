@@ -32,12 +32,14 @@ from tests.kernels.attention.conch_kv_formats import (
     dequantize,
     make_pages,
     quantize,
-    rounded_as_rotated,
+    rotate,
     shared_out,
 )
 from tests.kernels.attention.conch_reference import Attention, output_tolerance
 from vllm.attention.ops.conch import reshape_and_cache
 from vllm.attention.ops.conch.kv_format import decode_e4m3
+from vllm.attention.ops.conch.rotation import rotate as rotate_heads
+from vllm.attention.ops.conch.rotation import split_norm
 from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
 
@@ -96,13 +98,31 @@ def scaled_batch(
     return ScaledBatch(**plain | dict(k_scale=caches.k_scale, v_scale=caches.v_scale))
 
 
+def query_as_rotated(batch: ScaledBatch) -> torch.Tensor:
+    """The query that scores are made of, which may be rounded to either neighbour."""
+    live, head_size = batch.num_live_tokens, batch.query.shape[-1]
+    rotated = torch.zeros(batch.query.shape, dtype=batch.query.dtype, device=DEVICE)
+    padded = max(32, triton.next_power_of_2(head_size))
+    norm = split_norm(head_size)[0]
+    end = batch.query_start_loc[-1:]
+    rotate_heads(rotated, batch.query, end, padded, divisor=norm)
+    assert not rotated[live:].any(), "rows of no sequence were written"
+    exact = rotate(batch.query[:live]) / norm
+    unit = torch.finfo(rotated.dtype).eps
+    allowed = unit * exact.abs() + 2.0**-20 * exact.abs().amax(-1, keepdim=True)
+    assert_close("rotated query", rotated[:live], exact, allowed)
+    seen = torch.full(batch.query.shape, math.nan, dtype=torch.float64, device=DEVICE)
+    seen[:live] = rotate(rotated[:live], inverse=True) * norm
+    return seen
+
+
 def check_scaled(batch: ScaledBatch) -> None:
     """`check`; with int4 errors are of the rotated output, and spread by rotation."""
     if batch.key_cache.dtype != INT4:
         check(batch)
         return
     output, lse = attend(batch)
-    live, seen = batch.num_live_tokens, rounded_as_rotated(batch.query)
+    live, seen = batch.num_live_tokens, query_as_rotated(batch)
     exact = dataclasses.replace(batch, query=seen).reference()
     exact = shared_out(Attention(*(part[:live] for part in exact)))
     allowed = output_tolerance(exact, batch.query.dtype)

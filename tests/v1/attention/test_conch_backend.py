@@ -63,6 +63,7 @@ from vllm.v1.attention.backends.conch_attn import (
     ConchAttentionMetadataBuilder,
 )
 from vllm.v1.attention.backends.conch_base import (
+    TOKEN_HEAD_FORMATS,
     AttentionCGSupport,
     AttentionType,
     CommonAttentionMetadata,
@@ -1138,8 +1139,9 @@ def test_views_of_a_cache_are_made_once() -> None:
     first = impl.key_value_caches(kv_cache)
     assert impl.key_value_caches(kv_cache) is first
     second = impl.key_value_caches(other)
-    assert [view.data_ptr() for view in second] != [view.data_ptr() for view in first]
-    assert all(view.dtype == current_platform.fp8_dtype() for view in first)
+    assert [v.data_ptr() for v in second[:2]] != [v.data_ptr() for v in first[:2]]
+    assert all(view.dtype == current_platform.fp8_dtype() for view in first[:2])
+    assert first.k_scale is first.v_scale is None
 
 
 class Checks:
@@ -1288,6 +1290,7 @@ SUPPORTED = [
     {"kv_cache_dtype": "fp8_e4m3"},
     {"kv_cache_dtype": "fp8_e5m2"},
     {"kv_cache_dtype": "bfloat16", "dtype": torch.bfloat16},
+    *({"kv_cache_dtype": name} for name in TOKEN_HEAD_FORMATS),
     {"has_sliding_window": True},
     {"use_non_causal": True},
     {"use_kv_connector": True},
@@ -1309,6 +1312,11 @@ UNSUPPORTED = [
     ({"block_size": 24}, "block_size 24 not supported: it must be a multiple of 16"),
     ({"dtype": torch.float64}, "dtype torch.float64 not supported"),
     ({"kv_cache_dtype": "fp8_inc"}, "kv_cache_dtype fp8_inc not supported"),
+    *(
+        ({"kv_cache_dtype": name}, f"kv_cache_dtype {name} not supported")
+        for name in ("int8_per_token_head", "int4_per_token_head")
+        if name not in TOKEN_HEAD_FORMATS
+    ),
     (
         {"kv_cache_dtype": "bfloat16"},
         "kv_cache_dtype bfloat16 not supported with dtype torch.float16",
