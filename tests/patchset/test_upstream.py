@@ -124,10 +124,10 @@ STUBS = {
 }
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])  # 1: of pytest-xdist
 @pytest.mark.parametrize(
     ("cases", "left_out", "message"),
     [
-        (True, [], None),
         ("True", [], None),
         ("False", [], "CONCH was not reached: test_a.py::test_conch"),
         ("neither", [], "CONCH was not reached: test_a.py::test_conch"),
@@ -136,7 +136,7 @@ STUBS = {
         (True, [{"test": "test_gone"}], "no case matches"),
     ],
 )
-def test_a_run_without_conch_fails(tmp_path, cases, left_out, message):
+def test_a_run_without_conch_fails(tmp_path, cases, left_out, message, workers):
     shutil.copy(ROOT / "tools" / "upstream" / "conch_plugin.py", tmp_path)
     for path, text in STUBS.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -150,6 +150,7 @@ def test_a_run_without_conch_fails(tmp_path, cases, left_out, message):
     (tmp_path / "selection.json").write_text(json.dumps(selection))
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -p conch_plugin\n")
     command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "test_a.py"]
+    command += ["-n", workers]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     output = run.stdout + run.stderr
     assert (run.returncode == 0) == (message is None), output
