@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The Gluon kernel of `hopper_prefill`: one producer warp, two or three consumer
-warpgroups, persistent over a work list.
+warpgroups, persistent over a work list. With heads above 256 two warpgroups are one
+consumer, which keeps half of the columns in each.
 
 Every consumer owns 64 rows of a query tile and keeps their scores, probabilities
 and output in registers. Its loop over key tiles, last tile first, is pipelined by
 one: Q.K of a tile is issued together with P.V of the tile before it, and the softmax
 of the new scores runs while the tensor cores still work on P.V, its own or that of
 another consumer. With heads of 64, whose tiles keep the exponential unit as busy as the
-tensor cores, two consumers take exponentials in turns; with larger ones that is slower. The producer follows the block table and
-feeds K and V through two rings of shared memory with TMA, already for the next item
-while this one is being finished.
+tensor cores, two consumers take exponentials in turns; with larger ones that is slower.
+The producer follows the block table and feeds K and V through two rings of shared
+memory with TMA, already for the next item while this one is being finished.
 
 The schedule (asynchronous pairs of products, setmaxnreg) is that of
 FlashAttention-3, https://arxiv.org/abs/2407.08608; the code is not.
