@@ -6,6 +6,7 @@ Lengths are read on the device, so a captured CUDA graph replays with other
 lengths: grids and buffers have fixed sizes, only the lists' contents change.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -75,13 +76,14 @@ def schedule_decode(
     query_start_loc_ptr, seq_lens_ptr, workers_ptr, sequences_ptr, arrivals_ptr,
     num_seqs, decode_query_len, window, ranges, prefix_ptr, first_worker,
     NUM_WORKERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, TILE: tl.constexpr, ABREAST_TILES: tl.constexpr,
-    WINDOWED: tl.constexpr, CHUNK_LOOKBACK: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr, ABREAST: tl.constexpr,
+    ABREAST_TILES: tl.constexpr, WINDOWED: tl.constexpr, CHUNK_LOOKBACK: tl.constexpr,
     RANGES_IN_WINDOW: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Gives LANES workers their pieces; the first program also lists the sequences.
 
-    All heads are one line of tiles, or, abreast, each has a line of its own.
+    All heads are one line of tiles, or some go abreast: of ABREAST lines each has every
+    ABREAST-th head.
     """
     total = 0
     for start in range(0, num_seqs, BLOCK):
@@ -96,8 +98,8 @@ def schedule_decode(
         total += tl.sum(tiles)
     tiles_per_piece = tl.maximum(tl.cdiv(total, NUM_WORKERS), 1)
     abreast = 1
-    if ABREAST_TILES is not None and NUM_WORKERS % NUM_KV_HEADS == 0:
-        abreast = tl.where(tiles_per_piece >= ABREAST_TILES, NUM_KV_HEADS, 1)
+    if ABREAST > 1:
+        abreast = tl.where(tiles_per_piece >= ABREAST_TILES, ABREAST, 1)
 
     worker = first_worker + tl.arange(0, LANES)
     first_head = worker % abreast
@@ -273,7 +275,8 @@ def schedule_kernel(
     GROUP: tl.constexpr,
     DECODE_BLOCK_M: tl.constexpr,
     DECODE_TILE: tl.constexpr,
-    ABREAST_TILES: tl.constexpr,  # heads abreast from so many tiles a worker; or None
+    ABREAST: tl.constexpr,  # so many heads go abreast
+    ABREAST_TILES: tl.constexpr,  # from so many tiles a worker
     PREFILL_PACK: tl.constexpr,
     PREFILL_BLOCK_M: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -290,7 +293,8 @@ def schedule_kernel(
             num_seqs, decode_query_len, window, (ranges_ptr, num_ranges), prefix_ptr,
             program * LANES,
             NUM_WORKERS, NUM_KV_HEADS, GROUP, DECODE_BLOCK_M, DECODE_TILE,
-            ABREAST_TILES, WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW, BLOCK, LANES,
+            ABREAST, ABREAST_TILES, WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW,
+            BLOCK, LANES,
         )  # fmt: skip
     else:
         schedule_prefill(
@@ -448,6 +452,12 @@ class VarlenSchedule:
             max_query_len = self.decode_query_len
         return make_plan(self.shape, self.target, max_query_len, self.portable)
 
+    def heads_abreast(self, plan: AttentionPlan) -> int:
+        """Most lines of tiles that the heads, and the workers, can share out evenly."""
+        if plan.abreast_tiles is None:
+            return 1
+        return math.gcd(self.num_workers, self.shape.num_kv_heads)
+
     def max_items(self, num_tokens: int, num_seqs: int) -> int:
         """Bound of the number of prefill items of a batch."""
         plan = self.plan_for(1)
@@ -563,6 +573,7 @@ class VarlenSchedule:
             GROUP=self.shape.group,
             DECODE_BLOCK_M=plan.decode.block_m,
             DECODE_TILE=plan.decode.tile,
+            ABREAST=self.heads_abreast(plan),
             ABREAST_TILES=plan.abreast_tiles,
             PREFILL_PACK=plan.prefill_pack,
             PREFILL_BLOCK_M=plan.prefill_rows,
