@@ -366,8 +366,9 @@ class VarlenSchedule:
         device: where the buffers live.
         sliding_window: keys that a query sees, itself included; None: all.
         chunk_lookback: as for `varlen_attention`.
-        decode_query_len: in a batch with longer queries, sequences with up to this
-            many query tokens are decodes; the others are prefills.
+        decode_query_len: in a batch with prefills, sequences with up to this many query
+            tokens are decodes all the same, and so are those with as many as a tile of
+            rows that is made for these has room for; see `longest_decode`.
         num_workers: programs of the decode kernel; None: as many as fit the device.
         portable: leave out kernels made for one architecture.
     """
@@ -416,6 +417,13 @@ class VarlenSchedule:
         self.target = this_device(index)
         plan = self.plan_for(MAX_DECODE_QUERY_LEN)
         self.num_workers = num_workers or plan.num_workers
+        beside_prefills = self.plan_for(MAX_DECODE_QUERY_LEN + 1).decode
+        # Query tokens up to which a sequence beside prefills is a decode. One with so
+        # few rows that they fit a tile costs the decode kernel no more than one token.
+        self.longest_decode = max(
+            decode_query_len,
+            min(beside_prefills.block_m // self.shape.group, MAX_DECODE_QUERY_LEN),
+        )
 
         def integers(rows: int, fields: int) -> torch.Tensor:
             return torch.zeros(rows, fields, dtype=torch.int32, device=self.device)
@@ -431,9 +439,7 @@ class VarlenSchedule:
             ITEM_FIELDS.value,
         )
         # Tiles of decode rows: in batches of decodes, and beside prefills.
-        block_m = max(
-            plan.decode.block_m, self.plan_for(MAX_DECODE_QUERY_LEN + 1).decode.block_m
-        )
+        block_m = max(plan.decode.block_m, beside_prefills.block_m)
         slots = (2 * self.num_workers, block_m)
         self.partials = (
             scratch(*slots, self.shape.head_padded),
@@ -462,7 +468,7 @@ class VarlenSchedule:
         """Bound of the number of prefill items of a batch."""
         plan = self.plan_for(1)
         rows = num_tokens * plan.prefill_pack
-        prefills = min(num_seqs, num_tokens // (self.decode_query_len + 1))
+        prefills = min(num_seqs, num_tokens // (self.longest_decode + 1))
         return rows // plan.prefill_rows + prefills
 
     def check_lengths(self, name: str, tensor: torch.Tensor) -> None:
@@ -547,7 +553,7 @@ class VarlenSchedule:
                 f"max_num_tokens={self.max_num_tokens}"
             )
         plan = self.plan_for(max_query_len)
-        decode_query_len = self.decode_query_len
+        decode_query_len = self.longest_decode
         num_items = 0
         if max_query_len > MAX_DECODE_QUERY_LEN:
             num_items = self.max_items(num_tokens, num_seqs)
