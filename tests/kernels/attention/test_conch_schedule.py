@@ -133,7 +133,7 @@ def test_every_tile_is_in_one_part(name, num_kv_heads, num_workers, abreast_tile
     update(planned(schedule, abreast_tiles=abreast_tiles), batch)
     config = schedule.plan.decode
     mixed = batch.max_query_len > MAX_DECODE_QUERY_LEN
-    most = schedule.decode_query_len if mixed else MAX_DECODE_QUERY_LEN
+    most = schedule.longest_decode if mixed else MAX_DECODE_QUERY_LEN
     rows = {
         (sequence, m_block, kv_head): max(-(-seq_len // config.tile), 1)
         for sequence, (query_len, seq_len) in enumerate(BATCHES[name])
@@ -184,6 +184,21 @@ def test_decode_query_len(decode_query_len, num_kv_heads):
     # So many workers that even the last sequence, with rows that see no key, is cut.
     options = {"decode_query_len": decode_query_len, "num_workers": 200}
     check(batch, update(make_schedule(batch, **options), batch))
+
+
+@pytest.mark.parametrize(
+    "group, decode_query_len, longest",
+    [(1, 1, 16), (4, 1, 4), (4, 5, 8), (6, 1, 2), (16, 1, 1), (32, 3, 3)],
+)
+def test_short_queries_beside_a_prefill_are_decodes(group, decode_query_len, longest):
+    """As long as they fit the tile of rows that decodes need anyway."""
+    lengths = [(1, 30), (longest, 90), (longest + 1, 60), (40, 40)]
+    batch = make_batch(lengths, num_query_heads=2 * group, num_kv_heads=2, head_size=16)
+    schedule = make_schedule(batch, decode_query_len=decode_query_len, num_workers=7)
+    schedule.sequences.fill_(-1)
+    check(batch, update(schedule, batch))
+    assert schedule.sequences[:, 0].tolist() == [0, 1, -1, -1]
+    assert set(schedule.work[:, 0].tolist()) - {-1} == {2, 3}
 
 
 @pytest.mark.parametrize("neighbours", [[], [(40, 75)], [(0, 0), (33, 33)]])
@@ -285,7 +300,8 @@ def test_prefill_items_come_heaviest_first(seed, pack):
     tiles = []
     for sequence, (query_len, seq_len) in enumerate(lengths):
         start = int(batch.query_start_loc[sequence])
-        for tile in range(-(-query_len * pack // block_m) if query_len > 1 else 0):
+        is_prefill = query_len > schedule.longest_decode
+        for tile in range(-(-query_len * pack // block_m) if is_prefill else 0):
             tokens = min((tile + 1) * block_m // pack, query_len)
             end = seq_len - query_len + tokens
             order = (-end, sequence, -tile)

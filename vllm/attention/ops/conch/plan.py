@@ -561,6 +561,7 @@ def make_plan(
         abreast_tiles=abreast,
         segment=segment,
         segment_rows=min(
-            decode.block_m, triton.next_power_of_2(shape.group * max_query_len)
+            decode.block_m,
+            triton.next_power_of_2(shape.group * max(max_query_len, 1)),
         ),
     )

@@ -6,6 +6,7 @@ Lengths are read on the device, so a captured CUDA graph replays with other
 lengths: grids and buffers have fixed sizes, only the lists' contents change.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -78,13 +79,14 @@ def schedule_decode(
     query_start_loc_ptr, seq_lens_ptr, workers_ptr, sequences_ptr, arrivals_ptr,
     num_seqs, decode_query_len, window, ranges, prefix_ptr, first_worker,
     NUM_WORKERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, TILE: tl.constexpr, ABREAST_TILES: tl.constexpr,
-    WINDOWED: tl.constexpr, CHUNK_LOOKBACK: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr, ABREAST: tl.constexpr,
+    ABREAST_TILES: tl.constexpr, WINDOWED: tl.constexpr, CHUNK_LOOKBACK: tl.constexpr,
     RANGES_IN_WINDOW: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Gives LANES workers their pieces; the first program also lists the sequences.
 
-    All heads are one line of tiles, or, abreast, each has a line of its own.
+    All heads are one line of tiles, or some go abreast: of ABREAST lines each has every
+    ABREAST-th head.
     """
     total = 0
     for start in range(0, num_seqs, BLOCK):
@@ -99,8 +101,8 @@ def schedule_decode(
         total += tl.sum(tiles)
     tiles_per_piece = tl.maximum(tl.cdiv(total, NUM_WORKERS), 1)
     abreast = 1
-    if ABREAST_TILES is not None and NUM_WORKERS % NUM_KV_HEADS == 0:
-        abreast = tl.where(tiles_per_piece >= ABREAST_TILES, NUM_KV_HEADS, 1)
+    if ABREAST > 1:
+        abreast = tl.where(tiles_per_piece >= ABREAST_TILES, ABREAST, 1)
 
     worker = first_worker + tl.arange(0, LANES)
     first_head = worker % abreast
@@ -276,7 +278,8 @@ def schedule_kernel(
     GROUP: tl.constexpr,
     DECODE_BLOCK_M: tl.constexpr,
     DECODE_TILE: tl.constexpr,  # or segment: what workers take several of
-    ABREAST_TILES: tl.constexpr,  # heads abreast from so many tiles a worker; or None
+    ABREAST: tl.constexpr,  # so many heads go abreast
+    ABREAST_TILES: tl.constexpr,  # from so many tiles a worker
     PREFILL_PACK: tl.constexpr,
     PREFILL_BLOCK_M: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -293,7 +296,8 @@ def schedule_kernel(
             num_seqs, decode_query_len, window, (ranges_ptr, num_ranges), prefix_ptr,
             program * LANES,
             NUM_WORKERS, NUM_KV_HEADS, GROUP, DECODE_BLOCK_M, DECODE_TILE,
-            ABREAST_TILES, WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW, BLOCK, LANES,
+            ABREAST, ABREAST_TILES, WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW,
+            BLOCK, LANES,
         )  # fmt: skip
     else:
         schedule_prefill(
@@ -366,8 +370,9 @@ class VarlenSchedule:
         sliding_window: keys that a query sees, itself included; None: all.
         chunk_lookback: as for `varlen_attention`.
         token_scales: the cache has scales per token and head; always so in integers.
-        decode_query_len: in a batch with longer queries, sequences with up to this
-            many query tokens are decodes; the others are prefills.
+        decode_query_len: in a batch with prefills, sequences with up to this many query
+            tokens are decodes all the same, and so are those with as many as a tile of
+            rows that is made for these has room for; see `longest_decode`.
         num_workers: programs of the decode kernel; None: as many as fit the device.
         portable: leave out kernels made for one architecture.
         batch_invariant: a row's result has the same bits in every batch, and for
@@ -421,6 +426,15 @@ class VarlenSchedule:
         self.target = this_device(None if is_cpu else self.device.index or 0)
         plan = self.plan_for(MAX_DECODE_QUERY_LEN)
         self.num_workers = num_workers or plan.num_workers
+        beside_prefills = self.plan_for(MAX_DECODE_QUERY_LEN + 1).decode
+        # Query tokens up to which a sequence beside prefills is a decode. One with so
+        # few rows that they fit a tile costs the decode kernel no more than one token.
+        self.longest_decode = max(
+            decode_query_len,
+            min(beside_prefills.block_m // self.shape.group, MAX_DECODE_QUERY_LEN),
+        )
+        if batch_invariant:  # slots have room for a decode's rows alone
+            self.longest_decode = decode_query_len
 
         def integers(rows: int, fields: int) -> torch.Tensor:
             return torch.zeros(rows, fields, dtype=torch.int32, device=self.device)
@@ -436,9 +450,7 @@ class VarlenSchedule:
             ITEM_FIELDS.value,
         )
         # Tiles of decode rows: in batches of decodes, and beside prefills.
-        block_m = max(
-            plan.decode.block_m, self.plan_for(MAX_DECODE_QUERY_LEN + 1).decode.block_m
-        )
+        block_m = max(plan.decode.block_m, beside_prefills.block_m)
         slots = (2 * self.num_workers, block_m)
         if batch_invariant:
             row_bytes = 4 * self.shape.head_padded
@@ -471,11 +483,17 @@ class VarlenSchedule:
             self.batch_invariant,
         )
 
+    def heads_abreast(self, plan: AttentionPlan) -> int:
+        """Most lines of tiles that the heads, and the workers, can share out evenly."""
+        if plan.abreast_tiles is None:
+            return 1
+        return math.gcd(self.num_workers, self.shape.num_kv_heads)
+
     def max_items(self, num_tokens: int, num_seqs: int) -> int:
         """Bound of the number of prefill items of a batch."""
         plan = self.plan_for(1)
         rows = num_tokens * plan.prefill_pack
-        prefills = min(num_seqs, num_tokens // (self.decode_query_len + 1))
+        prefills = min(num_seqs, num_tokens // (self.longest_decode + 1))
         return rows // plan.prefill_rows + prefills
 
     def check_lengths(self, name: str, tensor: torch.Tensor) -> None:
@@ -560,7 +578,7 @@ class VarlenSchedule:
                 f"max_num_tokens={self.max_num_tokens}"
             )
         plan = self.plan_for(max_query_len)
-        decode_query_len = self.decode_query_len
+        decode_query_len = self.longest_decode
         num_items = 0
         if max_query_len > MAX_DECODE_QUERY_LEN:
             num_items = self.max_items(num_tokens, num_seqs)
@@ -604,6 +622,7 @@ class VarlenSchedule:
                 GROUP=self.shape.group,
                 DECODE_BLOCK_M=plan.decode.block_m,
                 DECODE_TILE=plan.segment or plan.decode.tile,
+                ABREAST=self.heads_abreast(plan),
                 ABREAST_TILES=plan.abreast_tiles,
                 PREFILL_PACK=plan.prefill_pack,
                 PREFILL_BLOCK_M=plan.prefill_rows,
