@@ -20,11 +20,8 @@ from vllm.attention.ops.conch import (
 )
 from vllm.config import set_current_vllm_config
 from vllm.platforms import current_platform
-from vllm.v1.attention.backends.conch_attn import (
-    ConchAttentionImpl,
-    EncoderPages,
-    pages_of_batch,
-)
+from vllm.v1.attention.backends.conch_attn import ConchAttentionImpl
+from vllm.v1.attention.backends.conch_pages import BatchPages, pages_of_batch
 
 # Arguments of upstream's kernels that say how to compute, not what.
 TUNING = {
@@ -128,7 +125,7 @@ def attend_batch(
 ) -> None:
     """Attention to the keys and values of the batch itself, as in an encoder."""
     num_seqs = len(query_start_loc) - 1
-    pages = EncoderPages(num_seqs, max_query_len, q.device)
+    pages = BatchPages(num_seqs, max_query_len, q.device)
     seq_lens, block_table = pages.update(query_start_loc, max_query_len)
     varlen_attention(
         q,

@@ -27,7 +27,7 @@ from tests.v1.e2e.conch_engine import (
 )
 from vllm.config import ParallelConfig
 
-if ON_GPU and torch.cuda.device_count() < 2:
+if ON_GPU and torch.accelerator.device_count() < 2:
     pytest.skip("needs two GPUs, or none", allow_module_level=True)
 
 TWO_RANKS = {"tensor_parallel_size": 2}

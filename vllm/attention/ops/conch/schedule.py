@@ -451,7 +451,7 @@ class VarlenSchedule:
         )
         # Tiles of decode rows: in batches of decodes, and beside prefills.
         block_m = max(plan.decode.block_m, beside_prefills.block_m)
-        slots = (2 * self.num_workers, block_m)
+        slots: tuple[int, ...] = (2 * self.num_workers, block_m)
         if batch_invariant:
             row_bytes = 4 * self.shape.head_padded
             slots = (max(2 * self.num_workers * block_m, SEGMENT_BYTES // row_bytes),)

@@ -546,7 +546,7 @@ def start_state(
     """What `attend_tiles` starts from."""
     if KV_FORMAT == "int4":
         quarter = tl.zeros([BLOCK_M, HEAD_PADDED // 4], tl.float32)
-        acc = (quarter, quarter, quarter, quarter)
+        acc: tl.tuple = (quarter, quarter, quarter, quarter)
     elif PAIRED_VALUES is not None:
         half = tl.zeros([BLOCK_M, HEAD_PADDED // 2], tl.float32)
         acc = (half, half)

@@ -251,7 +251,7 @@ def new_keys_and_values(
     size = (2, num_pages, PAGE_MULTIPLE, *key.shape[1:])
     rounded = torch.empty(size, dtype=impl.fp8_dtype, device=key.device)
     scales = dict(k_scale=layer._k_scale, v_scale=layer._v_scale)
-    reshape_and_cache(key, value, *rounded, slots, **scales)
+    reshape_and_cache(key, value, rounded[0], rounded[1], slots, **scales)
     new_key, new_value = rounded.flatten(1, 2)
     return pages_of_batch(new_key), pages_of_batch(new_value)
 
@@ -313,9 +313,11 @@ def attend(
         return
     queries = peers.gather(query.contiguous(), 1)
     result, lse = torch.empty_like(queries), no_lse(queries)
+    caches = impl.key_value_caches(kv_cache)
     varlen_attention(
         queries,
-        *impl.key_value_caches(kv_cache)[:2],
+        caches.key,
+        caches.value,
         result,
         metadata.query_start_loc,
         share.seq_lens,

@@ -12,7 +12,7 @@ do_kv_cache_update before it calls forward.
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
