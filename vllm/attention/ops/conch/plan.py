@@ -438,8 +438,8 @@ def hopper_kernel(shape: Shape, device: Device) -> str | None:
 
 
 # Keys of a segment, where results do not depend on the batch. On an H200, 32/8 heads of
-# 128 in bf16, segments of 256, 512, 1024 and 2048 keys take, in us: 1 x 8k 27, 26, 31, 49;
-# 8 x 1k 23, 26, 27, 28; 1 x 32k 78, 63, 54, 64; 64 x 8k 545, 501, 497, 495.
+# 128 in bf16, segments of 256, 512, 1024 and 2048 keys take, in us: 1 x 8k 27, 26, 31
+# and 49; 8 x 1k 23, 26, 27, 28; 1 x 32k 78, 63, 54, 64; 64 x 8k 545, 501, 497, 495.
 SEGMENT = 512
 # The states of segments that decode's workers leave.
 SEGMENT_BYTES = 64 * 2**20
