@@ -1,4 +1,4 @@
-"""The project's tasks: nox -s demo | tests | lint. `nox -l` lists them.
+"""The project's tasks: nox -s demo | tests | upstream | gpu_check | lint.
 
 Each task has an environment of its own under .nox, kept for the next run; `nox
 --reuse-venv=no` makes it anew. vLLM is installed again when the patch set has changed.
@@ -41,6 +41,9 @@ INTERPRETER = {
     "OMP_NUM_THREADS": "1",  # one thread for each pytest worker
     "HF_HUB_OFFLINE": "1",
 }
+# FlashInfer's sampler is compiled with nvcc, which a machine with a GPU need not have.
+ON_GPU = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+NO_TESTS = 5  # pytest's exit status
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ def sources_digest(*parts: str) -> str:
         paths += sorted((HERE / folder).rglob("*"))
     paths += sorted((HERE / "interpreter" / "vllm_interpreter").rglob("*"))
     for path in paths:
+        if path.name == "upstream.toml":  # says which tests run, nothing is built of it
+            continue
         if path.is_file() and "__pycache__" not in path.parts:
             digest.update(str(path.relative_to(HERE)).encode())
             digest.update(path.read_bytes())
@@ -115,9 +120,9 @@ def install_vllm(session: nox.Session, release: str) -> Path:
     shutil.rmtree(built, ignore_errors=True)
     session.install("-r", "requirements/tool.txt")
     session.run("python", "-m", "patchset", "tree", release, str(tree))
-    session.run("python", "-m", "patchset", "wheel", release, "--out", str(built))
-    wheels = [str(path) for path in built.glob("*.whl")]
-    if has_nvidia_gpu():
+    on_gpu = has_nvidia_gpu()
+    wheels = make_wheel(session, release, "cuda" if on_gpu else "empty", built)
+    if on_gpu:
         session.install(*wheels)
     else:
         for pin in CPU_PINS:  # one by one: torch may ask for another Triton
@@ -131,6 +136,16 @@ def install_vllm(session: nox.Session, release: str) -> Path:
     session.install("--no-deps", "--force-reinstall", *wheels)
     stamp.write_text(digest)
     return tree
+
+
+def make_wheel(
+    session: nox.Session, release: str, target: str, folder: Path
+) -> list[str]:
+    """Makes the release's wheel for a target of the tool; returns its path alone."""
+    options = ["--target", target, "--out", str(folder)]
+    session.run("python", "-m", "patchset", "wheel", release, *options)
+    (wheel,) = folder.glob("*.whl")
+    return [str(wheel)]
 
 
 def copy_tests(tree: Path, release: str, destination: Path) -> None:
@@ -155,6 +170,26 @@ def copy_tests(tree: Path, release: str, destination: Path) -> None:
     (destination / "pytest.ini").write_text("[pytest]\n")
 
 
+def run_upstream(session: nox.Session, tree: Path, release: str) -> None:
+    """Upstream's own tests, with CONCH among what they test."""
+    for name in ("tool", "test", "upstream"):
+        session.install("-r", f"requirements/{name}.txt")
+    device = "gpu" if has_nvidia_gpu() else "cpu"
+    folder = Path(session.create_tmp()).resolve() / "upstream"
+    script = str(HERE / "tools" / "upstream_tests.py")
+    session.run("python", script, release, str(tree), str(folder), "--device", device)
+    session.chdir(folder)
+    pytest = ["python", "-m", "pytest", "-ra", "--durations=10", "-c", "pytest.ini"]
+    environment = {"HF_HUB_OFFLINE": "1"}  # the folder has all that a test asks for
+    if device == "cpu":
+        pytest += ["-n", str(min(os.cpu_count() or 1, 8))]
+        # Without tracing their reference, flex_attention, takes half the time.
+        environment = INTERPRETER | {"TORCHDYNAMO_DISABLE": "1"}
+    if not any(argument.startswith("tests/") for argument in session.posargs):
+        pytest += Path("tests.txt").read_text().split()
+    session.run(*pytest, *session.posargs, env=environment)
+
+
 def release_pythons(session: nox.Session) -> dict[str, str]:
     """Where the tool's tests find the Pythons that have a release's dependencies."""
     pythons = {}
@@ -171,13 +206,14 @@ def demo(session: nox.Session) -> None:
     """Generates text with CONCH; VLLM_BASE picks the release, the newest by default."""
     install_vllm(session, os.environ.get("VLLM_BASE", RELEASES[0]))
     session.install("-r", "requirements/demo.txt")
-    session.run("python", "demo/demo.py", *session.posargs)
+    environment = ON_GPU if has_nvidia_gpu() else {}
+    session.run("python", "demo/demo.py", *session.posargs, env=environment)
 
 
 @nox.session
 @nox.parametrize("subject", [*RELEASES, "tool"], ids=[*RELEASES, "tool"])
 def tests(session: nox.Session, subject: str) -> None:
-    """Kernels, backend, engine and demo on every release, then the tool's tests."""
+    """Kernels, backend, engine and demo, upstream's own, then the tool's tests."""
     pytest = ["python", "-m", "pytest", "-ra", "--durations=10", *session.posargs]
     if subject == "tool":
         session.install("-r", "requirements/tool.txt", "-r", "requirements/test.txt")
@@ -190,14 +226,47 @@ def tests(session: nox.Session, subject: str) -> None:
     copy_tests(tree, subject, folder)
     session.chdir(folder)
     pytest += ["-c", "pytest.ini", "--rootdir", "."]
-    environment = {}
-    if not has_nvidia_gpu():
-        pytest += ["-n", str(min(os.cpu_count() or 1, 8))]
-        environment = INTERPRETER
-    session.run(*pytest, str(HERE / "demo"), "tests", env=environment)
+    side_by_side = ["-n", str(min(os.cpu_count() or 1, 8))]
+    demo_tests, environment = str(HERE / "demo"), INTERPRETER
+    runs = [[*side_by_side, demo_tests, "tests"]]
+    if has_nvidia_gpu():
+        environment = ON_GPU
+        # Engines one at a time, as each takes a share of the GPU's memory.
+        runs = [[demo_tests, "tests/v1/e2e"]]
+        runs += [[*side_by_side, "tests/kernels", "tests/v1/attention"]]
+    for run in runs:
+        codes = [0, NO_TESTS] if session.posargs else [0]
+        session.run(*pytest, *run, env=environment, success_codes=codes)
     # docs/features.md says what the class of this release answers.
     table = str(HERE / "tools" / "feature_table.py")
     session.run("python", table, "--check", env=environment)
+    if not session.posargs:
+        run_upstream(session, tree, subject)
+
+
+@nox.session
+@nox.parametrize("release", RELEASES, ids=RELEASES)
+def upstream(session: nox.Session, release: str) -> None:
+    """The release's own tests, with CONCH among what they test."""
+    run_upstream(session, install_vllm(session, release), release)
+
+
+@nox.session
+@nox.parametrize("release", RELEASES, ids=RELEASES)
+def gpu_check(session: nox.Session, release: str) -> None:
+    """What a machine with an NVIDIA GPU would install, without one and without that.
+
+    Makes the official wheel with CONCH in it, and has pip find a set of packages that
+    suits it and everything beside it.
+    """
+    session.install("-r", "requirements/tool.txt")
+    folder = Path(session.create_tmp()).resolve() / release
+    shutil.rmtree(folder, ignore_errors=True)
+    wheels = make_wheel(session, release, "cuda", folder)
+    beside = [f"requirements/{name}.txt" for name in ("tool", "test", "demo")]
+    requirements = [part for path in beside for part in ("-r", path)]
+    find = ["python", "-m", "pip", "install", "--dry-run", "--ignore-installed"]
+    session.run(*find, *wheels, *requirements)
 
 
 @nox.session

@@ -4,20 +4,23 @@
 
     python benchmarks/benchmark_conch_serving.py --out serving
     python benchmarks/benchmark_conch_serving.py --backends CONCH,FLASH_ATTN \
-        --cases 1x32768/128 --kv-cache-dtype fp8
+        --cases 1x32768/128 --kv-cache-dtype auto,fp8
 
-Every backend gets a process of its own, one after the other, with the same model: the
-shape of Llama-3.1-8B, random weights. A case PROMPTSxINPUT/OUTPUT submits all prompts
-at once and generates greedily. Columns: seconds until all is done, the same relative
-to --baseline, output tokens a second, median milliseconds between two steps in which
-every sequence got a token, and milliseconds until the first token.
+Every backend gets a process of its own for each kind of KV cache, one after the other,
+with the same model: the shape of Llama-3.1-8B, random weights. A case
+PROMPTSxINPUT/OUTPUT submits all prompts at once and generates greedily. Columns:
+seconds until all is done, the same relative to --baseline with the same KV cache,
+output tokens a second, median milliseconds between two steps in which every sequence
+got a token, and milliseconds until the first token; in the CSV file also the seconds
+that the engine took to start.
 
 The cases come in order of importance; none is begun after --budget seconds, and a
 backend is stopped --limit seconds after its start. What it measured counts. At the end
 each pair of backends is compared on a few prompts: log-probabilities of the prompt
 itself, tokens generated until the first that differs, and their log-probabilities.
 
-Outputs: --out/serving.csv, and --out/BACKEND.json with everything a backend measured.
+Outputs: --out/serving.csv, and --out/BACKEND-KV_CACHE.json with everything that a
+backend measured.
 """
 
 import argparse
@@ -305,9 +308,15 @@ def run_backend(backend: str, options: argparse.Namespace) -> None:
         "start_seconds": started - begin,
         "skipped": [],
         "results": [],
+        "generated": [],
     }
-    max_len = llm.llm_engine.model_config.max_model_len
-    found["generated"] = generate(llm, vocabulary, max_len)
+
+    def save() -> None:
+        """At once, as the process may be stopped at any time."""
+        path = result_path(options.out, backend, options.kv_cache_dtype)
+        path.with_suffix(".part").write_text(json.dumps(found))
+        path.with_suffix(".part").replace(path)
+
     for case in options.cases:
         if time.perf_counter() - started > options.budget:
             found["skipped"].append(str(case))
@@ -315,21 +324,21 @@ def run_backend(backend: str, options: argparse.Namespace) -> None:
             result = asdict(measure(llm, case, vocabulary))
             found["results"].append(result)
             print(f"{backend} {result}", flush=True)
-        # At once: the process may be stopped at any time.
-        path = result_path(options.out, backend)
-        path.with_suffix(".part").write_text(json.dumps(found))
-        path.with_suffix(".part").replace(path)
+        save()
+    max_len = llm.llm_engine.model_config.max_model_len
+    found["generated"] = generate(llm, vocabulary, max_len)
+    save()
 
 
 # ---------------------------------------------------------------- all backends
 
 
-def result_path(folder: Path, backend: str) -> Path:
-    return folder / f"{backend}.json"
+def result_path(folder: Path, backend: str, kv_cache_dtype: str) -> Path:
+    return folder / f"{backend}-{kv_cache_dtype}.json"
 
 
 def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs each backend in a process; returns what those that came through found."""
+    """Runs backends in processes; returns what those that came through found."""
     (options.out / "model").mkdir(parents=True, exist_ok=True)
     config = json.dumps(MODELS[options.model])
     (options.out / "model" / "config.json").write_text(config)
@@ -341,13 +350,15 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     }
     command = [sys.executable, __file__, *sys.argv[1:], "--out", str(options.out)]
     found = []
-    for backend in options.backends:
-        path = result_path(options.out, backend)
+    for kv_cache_dtype, backend in itertools.product(
+        options.kv_cache_dtype.split(","), options.backends
+    ):
+        path = result_path(options.out, backend, kv_cache_dtype)
         path.unlink(missing_ok=True)
         begin = time.perf_counter()
-        with (options.out / f"{backend}.log").open("w") as log:
+        with path.with_suffix(".log").open("w") as log:
             process = subprocess.Popen(
-                [*command, "--worker", backend],
+                [*command, "--worker", backend, "--kv-cache-dtype", kv_cache_dtype],
                 env=defaults | os.environ,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -363,7 +374,7 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         seconds = time.perf_counter() - begin
-        print(f"# {backend}: {seconds:.0f} s, exit status: {status}", flush=True)
+        print(f"# {path.stem}: {seconds:.0f} s, exit status: {status}", flush=True)
         if status != 0:
             lines = Path(log.name).read_text().splitlines()
             print("\n".join(f"    {line}" for line in lines[-options.log_lines :]))
@@ -376,7 +387,7 @@ def make_rows(found: Iterable[dict[str, Any]], baseline: str) -> list[dict[str, 
     """The table: a row for each backend and case, with the time over the baseline's."""
     found = list(found)
     reference = {
-        result["case"]: result
+        (one["kv_cache_dtype"], result["case"]): result
         for one in found
         if one["backend"] == baseline
         for result in one["results"]
@@ -384,13 +395,14 @@ def make_rows(found: Iterable[dict[str, Any]], baseline: str) -> list[dict[str, 
     rows = []
     for one in found:
         for result in one["results"]:
-            other = reference.get(result["case"])
+            other = reference.get((one["kv_cache_dtype"], result["case"]))
             row = {
                 "backend": one["backend"],
                 "kv_cache_dtype": one["kv_cache_dtype"],
                 "vllm": one["vllm"],
                 "torch": one["torch"],
                 "device": one["device"],
+                "start_seconds": one["start_seconds"],
             }
             row |= result
             for key, name in (("seconds", "time"), ("ms_between_tokens", "tokens")):
@@ -402,17 +414,22 @@ def make_rows(found: Iterable[dict[str, Any]], baseline: str) -> list[dict[str, 
 
 def show(rows: Sequence[dict[str, Any]], baseline: str) -> None:
     print(
-        f"{'case':>14} {'backend':>14} {'seconds':>9} {'ratio':>6} {'tokens/s':>9} "
-        f"{'ms/token':>9} {'ratio':>6} {'first ms':>9}   ratios: time over {baseline}'s"
+        f"{'case':>14} {'KV cache':>8} {'backend':>14} {'seconds':>9} {'ratio':>6} "
+        f"{'tokens/s':>9} {'ms/token':>9} {'ratio':>6} {'first ms':>9}   "
+        f"ratios: time over {baseline}'s"
     )
 
     def text(value: float | None, width: int, digits: int) -> str:
         return " " * width if value is None else f"{value:{width}.{digits}f}"
 
-    order = list(dict.fromkeys(row["case"] for row in rows))
-    for row in sorted(rows, key=lambda row: order.index(row["case"])):
+    def group(row: dict[str, Any]) -> tuple:
+        return row["kv_cache_dtype"], row["case"]
+
+    order = list(dict.fromkeys(map(group, rows)))
+    for row in sorted(rows, key=lambda row: order.index(group(row))):
         print(
-            f"{row['case']:>14} {row['backend']:>14} {text(row['seconds'], 9, 3)} "
+            f"{row['case']:>14} {row['kv_cache_dtype']:>8} {row['backend']:>14} "
+            f"{text(row['seconds'], 9, 3)} "
             f"{text(row['time_ratio'], 6, 3)} "
             f"{text(row['output_tokens_per_second'], 9, 1)} "
             f"{text(row['ms_between_tokens'], 9, 3)} "
@@ -443,11 +460,15 @@ def compare(a: Sequence[dict], b: Sequence[dict]) -> dict[str, float]:
 
 def show_agreement(found: Sequence[dict[str, Any]]) -> None:
     for a, b in itertools.combinations(found, 2):
+        same_kind = a["kv_cache_dtype"] == b["kv_cache_dtype"]
+        if not (same_kind and a["generated"] and b["generated"]):
+            continue
         one = compare(a["generated"], b["generated"])
         print(
-            f"{a['backend']} and {b['backend']}: {one['agreeing']} of {one['total']} "
-            f"tokens before the first difference; largest difference of "
-            f"log-probabilities {one['generated']:.3g}, in prompts {one['prompt']:.3g}"
+            f"{a['backend']} and {b['backend']}, KV cache {a['kv_cache_dtype']}: "
+            f"{one['agreeing']} of {one['total']} tokens before the first difference; "
+            f"largest difference of log-probabilities {one['generated']:.3g}, "
+            f"in prompts {one['prompt']:.3g}"
         )
 
 
@@ -471,7 +492,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--baseline", default="FLASH_ATTN")
     parser.add_argument("--cases", type=commas, help="such as 1x1024/128,64x1024/128")
     parser.add_argument("--short", action="store_true", help=", ".join(SHORT_CASES))
-    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument(
+        "--kv-cache-dtype", default="auto", help="one, or several: auto,fp8"
+    )
     parser.add_argument("--model", choices=MODELS, default="llama8b")
     parser.add_argument("--out", type=Path, help="default: a new temporary folder")
     parser.add_argument(
@@ -507,13 +530,15 @@ def main() -> int:
     show(rows, options.baseline)
     for one in found:
         print(
-            f"# {one['backend']}: started in {one['start_seconds']:.0f} s; "
+            f"# {one['backend']}, KV cache {one['kv_cache_dtype']}: "
+            f"started in {one['start_seconds']:.0f} s; "
             f"skipped: {', '.join(one['skipped']) or 'nothing'}"
         )
     show_agreement(found)
     write_csv(rows, options.out / "serving.csv")
     print(f"# written to {options.out}")
-    return 0 if len(found) == len(options.backends) else 1
+    kinds = options.kv_cache_dtype.split(",")
+    return 0 if len(found) == len(options.backends) * len(kinds) else 1
 
 
 if __name__ == "__main__":

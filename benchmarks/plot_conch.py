@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Draws what benchmark_conch_attention.py measured.
+"""Draws what benchmark_conch_attention.py and benchmark_conch_serving.py measured.
 
     python benchmarks/plot_conch.py prefill.csv decode.csv mixed.csv --out docs/plots
 
@@ -13,6 +13,7 @@ Writes, for each page size and kind of KV cache that the tables hold, as SVG (or
                     context, a panel for each number of sequences, under the rate of a
                     kernel that only reads
     mixed_PAGE      ragged batches: the share of the roofline that is reached
+    serving         milliseconds between tokens of a whole engine
 
 Needs matplotlib and nothing of vLLM.
 """
@@ -36,6 +37,8 @@ COLORS = {
     "triton": "#66717e",
     "cudnn": "#7b5ea7",
 }
+# By the backends' names.
+SERVING = {"CONCH": "conch", "FLASH_ATTN": "fa3", "TRITON_ATTN": "triton"}
 LABELS = {
     "conch": "CONCH",
     "conch_portable": "CONCH, portable kernel",
@@ -68,7 +71,7 @@ def read_table(path: Path) -> tuple[dict[str, str], list[Row]]:
 
 
 def is_timed(row: Row) -> bool:
-    return bool(row["us"]) and row["provider"] in COLORS
+    return bool(row.get("us")) and row["provider"] in COLORS
 
 
 def is_plain(row: Row) -> bool:
@@ -105,6 +108,8 @@ def group_by(rows: Iterable[Row], *fields: str) -> dict[tuple[str, ...], list[Ro
 def select_figures(rows: Sequence[Row]) -> list[Figure]:
     """The figures that these rows are enough for."""
     figures = []
+    if served := [row for row in rows if row.get("ms_between_tokens")]:
+        figures.append(Figure("serving", served, draw_serving))
     kinds = (
         ("prefill", is_prefill, draw_prefill),
         ("decode", is_decode, draw_decode),
@@ -219,6 +224,35 @@ def draw_mixed(rows: list[Row], title: str) -> plt.Figure:
     return finish(figure, f"Ragged batches; {title}")
 
 
+def draw_serving(rows: list[Row], title: str) -> plt.Figure:
+    panels = group_by(rows, "kv_cache_dtype")
+    figure, axes = make_panels(len(panels))
+    for ax, ((kv_dtype,), group) in zip(axes, panels.items()):
+        cases = group_by(group, "case")
+        height = 0.8 / len(SERVING)
+        for line, case in enumerate(cases.values()):
+            slowest = max(float(row["ms_between_tokens"]) for row in case)
+            for i, (backend, provider) in enumerate(SERVING.items()):
+                for row in [row for row in case if row["backend"] == backend]:
+                    ms = float(row["ms_between_tokens"])
+                    style = {"color": COLORS[provider], "label": backend}
+                    where = (line + i * height, 100 * ms / slowest, height)
+                    bar = ax.barh(*where, **style)
+                    ax.bar_label(bar, [f"{ms:.3g} ms"], fontsize=7, padding=2)
+        middle = 0.4 - height / 2
+        ax.set_yticks([line + middle for line in range(len(cases))], labels(cases))
+        ax.tick_params(labelsize=7)
+        ax.invert_yaxis()
+        ax.set_xlim(0, 125)
+        ax.set(title=f"KV cache {kv_dtype}", xlabel="per cent of the slowest")
+    title = f"Time between tokens, Llama-3.1-8B's shape, prompts x in/out; {title}"
+    return finish(figure, title)
+
+
+def labels(cases: Iterable[tuple[str, ...]]) -> list[str]:
+    return [case for (case,) in cases]
+
+
 def wrap(case: str, width: int = 28) -> list[str]:
     """Lines of whole segments."""
     lines = [""]
@@ -249,8 +283,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not figures:
         raise SystemExit("None of the tables has a row with a time.")
     for one in figures:
-        title = f"{head.get('device', '?')}, {one.name.partition('_')[2]}"
-        figure = one.draw(one.rows, title.replace("page", "pages of "))
+        device = head.get("device") or one.rows[0].get("device", "?")
+        pages = one.name.partition("_")[2].replace("page", "pages of ")
+        figure = one.draw(one.rows, f"{device}, {pages}" if pages else device)
         path = options.out / f"{one.name}.{options.format}"
         metadata = {"Date": None} if options.format == "svg" else None
         figure.savefig(path, metadata=metadata, dpi=150, bbox_inches="tight")

@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Edits of upstream's Python files, on the syntax tree.
 
-An edit inserts code beside an anchor. The anchor is itself Python, in which `...`
-stands for anything: `CUSTOM = ...` is that assignment whatever its value, and
-`if selected is None: ...` that branch whatever its body. Formatting and comments do
-not matter to the match; everything that the edit does not insert stays byte for byte.
+An edit inserts code beside an anchor, or puts it in its place. The anchor is itself
+Python, in which `...` stands for anything: `CUSTOM = ...` is that assignment whatever
+its value, and `if selected is None: ...` that branch whatever its body. Formatting and
+comments do not matter to the match; everything else stays byte for byte.
 
 An anchor must match as often as the edit says (once, unless it says otherwise). Any
 other count means that upstream changed under the edit, and is an error.
@@ -23,7 +23,7 @@ from patchset.errors import PatchError
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One insertion into one file.
+    """One change of one file.
 
     Attributes:
         name: short, for messages: what the edit does.
@@ -33,7 +33,8 @@ class Edit:
         insert: the code to insert: statements, or for `kind="key"` dict entries.
         scope: dotted path of the class, function or (for keys) variable that holds
             the anchor; empty for the whole module.
-        where: the side of the anchor on which the code goes.
+        where: the side of the anchor on which the code goes; `instead`: the anchor
+            makes way for it.
         kind: what the anchor is.
         count: how often the anchor has to match; the code goes to every match.
 
@@ -45,7 +46,7 @@ class Edit:
     anchor: str
     insert: str
     scope: str = ""
-    where: Literal["before", "after"] = "after"
+    where: Literal["before", "after", "instead"] = "after"
     kind: Literal["statement", "key"] = "statement"
     count: int = 1
 
@@ -145,7 +146,7 @@ def _insert_statements(module: cst.Module, scope: cst.CSTNode, edit: Edit):
         tree = _parse_one(module.code_for_node(statement))
         if _matches(anchor, tree):
             targets.append(statement)
-        if _matches(new, tree):
+        if edit.where != "instead" and _matches(new, tree):
             raise _already_there(edit, ast.unparse(tree).splitlines()[0])
     if len(targets) != edit.count:
         raise _count_error(edit, len(targets))
@@ -157,6 +158,10 @@ def _insert_statements(module: cst.Module, scope: cst.CSTNode, edit: Edit):
                 return updated_node
             if edit.where == "before":
                 return cst.FlattenSentinel([*statements, updated_node])
+            if edit.where == "instead":
+                lines = [*updated_node.leading_lines, *lead_in]
+                head = first.with_changes(leading_lines=lines)
+                return cst.FlattenSentinel([head, *statements[1:]])
             return cst.FlattenSentinel([updated_node, *statements])
 
     return module.visit(Insert())

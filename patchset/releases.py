@@ -8,7 +8,8 @@
     verified                    how it was verified, for `patchset releases`
     [files]                     sdist and official wheels, with their sha256
     [relocate]                  overlay folders that lie elsewhere in this release
-    [imports]                   "module:name" = "module": names imported from elsewhere
+    [imports]                   "module:name" = "module": names imported from elsewhere;
+                                = "module:name" if they have other names there
     [[edits]]                   see `patchset.edits.Edit`
 
 `releases/<version>/vllm/...` are files that only this release gets. Another release is

@@ -8,7 +8,8 @@ Two maps, both from `release.toml`:
               a folder of the overlay lands there, and every mention of it follows:
               imports, dotted strings (monkeypatch targets), comments, paths.
     imports   "vllm.attention.layer:Attention" = "vllm.model_executor.layers.attention"
-              one name is imported from another module; `module:*` maps the rest.
+              one name is imported from another module; `module:*` maps the rest. To a
+              `module:name` it is imported by that name.
 
 A rewritten file has its imports sorted and is formatted again, as upstream's hooks
 want it.
@@ -86,14 +87,16 @@ class Relocation:
         modules |= {path.rpartition("/")[0].replace("/", ".") for path in self.paths}
         return any(re.search(rf"\bfrom\s+{re.escape(m)}\s", text) for m in modules)
 
-    def _module_of(self, module: str, name: str) -> str:
-        """The module that a name imported from `module` comes from."""
+    def _source_of(self, module: str, name: str) -> tuple[str, str]:
+        """Where a name imported from `module` comes from, and its name there."""
         for old, new in self.paths.items():
             if f"{module}.{name}".replace(".", "/") == old:
-                return new.replace("/", ".").removesuffix(f".{name}")
-        return self.imports.get(
+                return new.replace("/", ".").removesuffix(f".{name}"), name
+        target = self.imports.get(
             f"{module}:{name}", self.imports.get(f"{module}:*", module)
         )
+        source, _, new_name = target.partition(":")
+        return source, new_name or name
 
 
 class _ImportRewriter(cst.CSTTransformer):
@@ -118,7 +121,9 @@ class _ImportRewriter(cst.CSTTransformer):
         groups: dict[str, list[cst.ImportAlias]] = {}
         for alias in statement.names:
             name = get_full_name_for_node_or_raise(alias.name)
-            target = self.relocation._module_of(module, name)
+            target, new_name = self.relocation._source_of(module, name)
+            if new_name != name:
+                alias = _renamed(alias, new_name)
             groups.setdefault(target, []).append(alias)
         if list(groups) == [module]:
             return updated_node
@@ -134,6 +139,15 @@ class _ImportRewriter(cst.CSTTransformer):
             )
             lines.append(line if not lines else line.with_changes(leading_lines=[]))
         return cst.FlattenSentinel(lines)
+
+
+def _renamed(alias: cst.ImportAlias, name: str) -> cst.ImportAlias:
+    """The same import where the name is another; what it is called here stays."""
+    local = alias.evaluated_alias or alias.evaluated_name
+    if local == name:
+        return alias.with_changes(name=cst.Name(name), asname=None)
+    asname = alias.asname or cst.AsName(cst.Name(local))
+    return alias.with_changes(name=cst.Name(name), asname=asname)
 
 
 def _tidy(files: Mapping[str, str]) -> dict[str, str]:

@@ -38,9 +38,9 @@ def rule(pattern: str, instead: str, *folders: str) -> Rule:
     return Rule(compiled, instead, folders) if folders else Rule(compiled, instead)
 
 
-# Files that need more of Triton than vllm.triton_utils has on every release: Gluon, and
-# the compiler without a device.
-USES_TRITON_ITSELF = re.compile(r"/hopper_\w+\.py$|/conch_compile\.py$")
+# Files that need more of Triton than vllm.triton_utils has on every release: Gluon.
+# Where a release's has it, release.toml maps the imports.
+USES_TRITON_ITSELF = re.compile(r"/hopper_\w+\.py$")
 TRITON = rule(
     r"^(import|from)\s+triton(\s|\.|$)",
     "import it as `from vllm.triton_utils import tl, triton`",

@@ -27,6 +27,7 @@ from vllm.version import __version__
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "features.md"
 BACKEND = "tests/v1/attention/test_conch_backend.py"
+DCP = "tests/v1/attention/test_conch_dcp.py"
 FEATURES = "tests/kernels/attention/test_conch_attention_features.py"
 MODELS = "tests/v1/e2e/test_conch_models.py"
 REFUSED = f"{BACKEND}::test_unsupported_configurations"
@@ -47,7 +48,11 @@ FLAGS = [
         "supports_mm_prefix",
         f"{BACKEND}::test_images_are_seen_both_ways",
     ),
-    ("R-SWA", "supports_rswa", f"{FEATURES}::test_prefix_lens"),
+    (
+        "R-SWA",
+        "supports_rswa",
+        f"{BACKEND}::test_prompts_stay_in_sight_behind_a_window",
+    ),
     ("Sparse", "is_sparse", REFUSED),
     ("MLA", "is_mla", REFUSED),
     ("Per-head scales", "supports_per_head_quant_scales", REFUSED),
@@ -56,7 +61,7 @@ FLAGS = [
         "supports_batch_invariance",
         f"{BACKEND}::test_batch_invariance",
     ),
-    ("DCP", "supports_dcp", REFUSED),
+    ("DCP", "supports_dcp", f"{DCP}::test_batches"),
     ("PCP", "supports_pcp", REFUSED),
     (
         "KV connector",

@@ -36,7 +36,14 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # for tests
 import conch_bench as bench
-from conch_attention_cases import SUITES, Case, apply_option, parse_case, parse_size
+from conch_attention_cases import (
+    KV_OPTIONS,
+    SUITES,
+    Case,
+    apply_option,
+    parse_case,
+    parse_size,
+)
 from conch_attention_providers import (
     FP8_DTYPES,
     K_SCALE,
@@ -49,6 +56,12 @@ from conch_attention_providers import (
     make_inputs,
 )
 
+from tests.kernels.attention.conch_kv_formats import (
+    INT4,
+    dequantize,
+    rounded_as_rotated,
+    shared_out,
+)
 from tests.kernels.attention.conch_reference import (
     Attention,
     attention,
@@ -83,6 +96,21 @@ def probe_blocks(query_len: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + BLOCK_ROWS, query_len)) for begin in begins]
 
 
+def gather_rows(
+    inputs: Inputs,
+    cache: torch.Tensor,
+    scales: torch.Tensor | None,
+    scale: float,
+    index: int,
+) -> torch.Tensor:
+    """K or V of a sequence in fp64, in which scale stands for one scale of all."""
+    where = inputs.block_table[index], 0, inputs.case.lengths[index][1]
+    rows = gather_pages(cache, *where)
+    if inputs.has_token_scales and scales is not None:
+        return dequantize(rows, gather_pages(scales, *where))
+    return rows.double() * (1.0 if scales is None else scale)
+
+
 def make_probes(inputs: Inputs, query: torch.Tensor) -> list[Probe]:
     """The reference on the first, the longest and the last sequence."""
     case = inputs.case
@@ -93,16 +121,14 @@ def make_probes(inputs: Inputs, query: torch.Tensor) -> list[Probe]:
     heads = [group * h + i for h in kv_heads for i in range(group)]
     starts = inputs.query_start_loc.tolist()
     probes = []
+    is_int4 = inputs.has_token_scales and inputs.key_cache.dtype == INT4
     for i in sorted({0, longest, len(lengths) - 1}):
         query_len, seq_len = lengths[i]
         key, value = (
-            scale
-            * gather_pages(cache, inputs.block_table[i], 0, seq_len)[
-                :, kv_heads
-            ].double()
-            for cache, scale in (
-                (inputs.key_cache, 1.0 if inputs.k_scale is None else K_SCALE),
-                (inputs.value_cache, 1.0 if inputs.v_scale is None else V_SCALE),
+            gather_rows(inputs, cache, scales, scale, i)[:, kv_heads]
+            for cache, scales, scale in (
+                (inputs.key_cache, inputs.k_scale, K_SCALE),
+                (inputs.value_cache, inputs.v_scale, V_SCALE),
             )
         )
         for begin, end in probe_blocks(query_len):
@@ -118,14 +144,17 @@ def make_probes(inputs: Inputs, query: torch.Tensor) -> list[Probe]:
                 device=query.device,
             )
             rows = slice(starts[i] + begin, starts[i] + end)
+            seen = rounded_as_rotated(query[rows]) if is_int4 else query[rows].double()
             expected = attention(
-                query[rows].double()[:, heads],
+                seen[:, heads],
                 key[first:length],
                 value[first:length],
                 visible,
                 scale=inputs.scale,
                 softcap=case.softcap,
             )
+            if is_int4:
+                expected = shared_out(expected)
             probes.append(Probe(rows, heads, expected))
     return probes
 
@@ -379,7 +408,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--cases", type=commas, default=[], help="comma-separated")
     parser.add_argument("--heads", default="32/8x128", help="where a case says none")
     parser.add_argument("--dtype", choices=DTYPES, help="of queries; default bf16")
-    parser.add_argument("--kv-dtype", default="auto", choices=["auto", *FP8_DTYPES])
+    parser.add_argument("--kv-dtype", default="auto", choices=["auto", *KV_OPTIONS])
     parser.add_argument("--pages", type=commas, default=["16"], help="such as 16,128")
     parser.add_argument("--layout", type=str.lower, default="packed")
     parser.add_argument("--window", type=parse_size, help="where a case says none")

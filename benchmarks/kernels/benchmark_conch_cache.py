@@ -307,13 +307,18 @@ def measure_tiles(case: Case, options: argparse.Namespace) -> list[dict]:
                         continue
                     tile = module.Tile(tokens, elements, num_warps)
                     module.plan_tile = lambda *_, tile=tile: tile
-                    module.prepare.cache_clear()
+                    forget_plans(module)
                     found = measure(case, options)
                     rows += [row | {"note": str(tuple(tile))} for row in found]
     finally:
         module.plan_tile = chosen
-        module.prepare.cache_clear()
+        forget_plans(module)
     return rows
+
+
+def forget_plans(module) -> None:
+    module.prepare.cache_clear()
+    module.plan_launches.cache_clear()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -7,7 +7,8 @@ A case is segments [COUNT]qQUERY[sSEQUENCE] joined by _, and options, each behin
 - 32q1s4k: 32 sequences of 4096 tokens, the last of which is new; q8k: 8192 new tokens
   without context; k is 1024.
 - @32/8x128: query heads, KV heads, head size.
-- @fp8, @fp8_e5m2: dtype of the KV cache, otherwise the query's.
+- @fp8, @fp8_e5m2: dtype of the KV cache, otherwise the query's; @int8_per_token_head,
+  @fp8_per_token_head, @int4_per_token_head: with a scale for every token and head.
 - @window4k, @softcap30: sliding window, soft cap of the logits.
 - @prefix32k: so many first tokens lie in pages that all sequences share.
 """
@@ -18,7 +19,8 @@ import regex as re
 
 from tests.kernels.attention.conch_reference import first_visible_key
 
-FP8_OPTIONS = ("fp8", "fp8_e5m2")
+TOKEN_HEAD_OPTIONS = tuple(f"{x}_per_token_head" for x in ("int8", "fp8", "int4"))
+KV_OPTIONS = ("fp8", "fp8_e5m2", *TOKEN_HEAD_OPTIONS)
 
 RAGGED = (
     "q64_q96s2k_q128_q192_q256s8k_q384_q512_q768s4k"
@@ -114,7 +116,11 @@ class Case:
         return sum(seen) - self.prefix * (len(self.lengths) - 1)
 
     def kv_bytes(self, element_size: int) -> int:
-        return 2 * self.num_keys * self.num_kv_heads * self.head_size * element_size
+        row = self.head_size * element_size
+        if self.kv_dtype in TOKEN_HEAD_OPTIONS:
+            is_int4 = self.kv_dtype.startswith("int4")
+            row = self.head_size // (2 if is_int4 else 1) + 4  # and its scale
+        return 2 * self.num_keys * self.num_kv_heads * row
 
 
 def attended_pairs(query_len: int, seq_len: int, window: int | None) -> int:
@@ -177,11 +183,11 @@ def apply_option(case: Case, option: str) -> Case:
         return replace(
             case, num_query_heads=heads, num_kv_heads=kv_heads, head_size=head_size
         )
-    if option in FP8_OPTIONS:
+    if option in KV_OPTIONS:
         return replace(case, kv_dtype=option)
     if found := OPTION.fullmatch(option):
         return replace(case, **{found[1]: parse_size(found[2])})
     raise ValueError(
         f"cases: option {option!r} of {case.name!r} is none of 32/8x128, "
-        f"{', '.join(FP8_OPTIONS)}, window4k, softcap30, prefix32k"
+        f"{', '.join(KV_OPTIONS)}, window4k, softcap30, prefix32k"
     )

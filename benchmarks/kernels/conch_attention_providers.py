@@ -17,13 +17,21 @@ from functools import cached_property
 
 import conch_bench as bench
 import torch
-from conch_attention_cases import Case
+from conch_attention_cases import TOKEN_HEAD_OPTIONS, Case
 
+from tests.kernels.attention.conch_kv_formats import make_pages
 from tests.kernels.attention.conch_reference import LAYOUTS, gather_pages
-from vllm.attention.ops.conch import VarlenSchedule, varlen_attention
+from vllm.attention.ops.conch import (
+    VarlenSchedule,
+    reshape_and_cache,
+    varlen_attention,
+)
 from vllm.attention.ops.conch.plan import Shape, hopper_kernel, this_device
 
 FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+TOKEN_HEAD_DTYPES = dict(
+    zip(TOKEN_HEAD_OPTIONS, (torch.int8, torch.float8_e4m3fn, torch.uint8))
+)
 # Powers of two: dividing by them is exact.
 K_SCALE, V_SCALE = 0.5, 0.25
 LAYOUT_NAMES = {
@@ -62,9 +70,13 @@ class Inputs:
     @cached_property
     def quantized_query(self) -> torch.Tensor:
         """The query as backends give it that quantise it for an fp8 cache."""
-        if self.k_scale is None:
+        if self.k_scale is None or self.has_token_scales:
             return self.query
         return self.query.to(self.key_cache.dtype)
+
+    @property
+    def has_token_scales(self) -> bool:
+        return self.case.kv_dtype in TOKEN_HEAD_OPTIONS
 
     def descale(self, value: float) -> torch.Tensor | None:
         """A scale for each sequence and KV head, as the rivals take it."""
@@ -93,13 +105,15 @@ def make_inputs(
         made = dtype if kv_dtype.itemsize == 1 else kv_dtype
         return torch.randn(shape, dtype=made, device=device).to(kv_dtype)
 
-    key_cache, value_cache = LAYOUTS[LAYOUT_NAMES[case.layout]](
-        num_blocks, case.page, case.num_kv_heads, case.head_size, new
-    )
+    scales: list[torch.Tensor | None] = [None, None]
+    pages = (num_blocks, case.page, case.num_kv_heads, case.head_size)
+    if case.kv_dtype in TOKEN_HEAD_OPTIONS:
+        key_cache, value_cache, *scales = make_token_head_caches(case, pages, new)
+    else:
+        key_cache, value_cache = LAYOUTS[LAYOUT_NAMES[case.layout]](*pages, new)
     shape = (case.num_tokens, case.num_query_heads, case.head_size)
     query = torch.randn(shape, dtype=dtype, device=device)
-    scales = [None, None]
-    if case.kv_dtype != "auto":
+    if case.kv_dtype in FP8_DTYPES:
         query /= K_SCALE  # logits stay as large as without a scale
         scales = [torch.full((1,), x, device=device) for x in (K_SCALE, V_SCALE)]
     starts = [0]
@@ -118,6 +132,28 @@ def make_inputs(
         k_scale=scales[0],
         v_scale=scales[1],
     )
+
+
+def make_token_head_caches(
+    case: Case,
+    pages: tuple[int, ...],
+    new: Callable[..., torch.Tensor],
+) -> tuple[torch.Tensor, ...]:
+    """K, V and their scales, of random rows, in the pages that vLLM has for them."""
+    num_blocks, page, *heads = pages
+    name = LAYOUT_NAMES[case.layout].removeprefix("packed_")
+    if name not in ("NHD", "HND"):
+        raise ValueError(f"{case.kv_dtype} goes with layouts packed and packed_hnd")
+    device = new(1).device
+    caches = make_pages(name, *pages, TOKEN_HEAD_DTYPES[case.kv_dtype], device)
+    chunk = max(1, 2**24 // (page * math.prod(heads)))
+    for first in range(0, num_blocks, chunk):
+        last = min(first + chunk, num_blocks)
+        slots = torch.arange(first * page, last * page, device=device)
+        rows = (new(len(slots), *heads) for _ in "kv")
+        scales = {"k_scale": caches.k_scale, "v_scale": caches.v_scale}
+        reshape_and_cache(*rows, caches.key, caches.value, slots, **scales)
+    return tuple(caches)
 
 
 def make_block_table(case: Case) -> tuple[torch.Tensor, int]:
@@ -192,6 +228,7 @@ class Conch(Provider):
             kv_dtype=inputs.key_cache.dtype,
             device=inputs.query.device,
             sliding_window=case.window,
+            token_scales=inputs.has_token_scales,
             portable=self.portable,
         )
         schedule.update(
@@ -205,7 +242,7 @@ class Conch(Provider):
     def make(self, inputs: Inputs) -> Callable[[], object]:
         case, schedule = inputs.case, self.make_schedule(inputs)
         query = self.query(inputs)
-        return lambda: varlen_attention(
+        again = varlen_attention(
             query,
             inputs.key_cache,
             inputs.value_cache,
@@ -221,6 +258,8 @@ class Conch(Provider):
             v_scale=inputs.v_scale,
             schedule=schedule,
         )
+        # As the backend calls it: checked once.
+        return lambda: again(query, inputs.output)
 
 
 class ConchPortable(Conch):
@@ -265,8 +304,8 @@ class FlashAttention3(Provider):
         if reason := fa_version_unsupported_reason(3):
             raise Unavailable(reason)
         case, query = inputs.case, self.query(inputs)
-        if case.kv_dtype == "fp8_e5m2":
-            raise Unavailable("no e5m2")
+        if case.kv_dtype == "fp8_e5m2" or inputs.has_token_scales:
+            raise Unavailable(f"no {case.kv_dtype}")
         if case.head_size > 256:
             raise Unavailable("no head size above 256")
         window = (-1, -1) if case.window is None else (case.window - 1, 0)
@@ -342,7 +381,13 @@ class VllmTriton(Provider):
         segment_max, segment_sum = (torch.empty(scratch, device=device) for _ in "ms")
         ones = torch.ones(1, device=device)
         one = ones.expand(len(case.lengths), case.num_kv_heads)
-        quantized = inputs.k_scale is not None
+        quantized = case.kv_dtype in FP8_DTYPES
+        mode = KVQuantMode.FP8_PER_TENSOR if quantized else KVQuantMode.NONE
+        token_scales = {}
+        if inputs.has_token_scales:
+            mode = KVQuantMode[case.kv_dtype.upper()]
+            token_scales["k_scale_cache"] = inputs.k_scale
+            token_scales["v_scale_cache"] = inputs.v_scale
         query = self.query(inputs)
         return lambda: unified_attention(
             q=query,
@@ -366,9 +411,8 @@ class VllmTriton(Provider):
             softmax_segm_output=segment_output,
             softmax_segm_max=segment_max,
             softmax_segm_expsum=segment_sum,
-            kv_quant_mode=(
-                KVQuantMode.FP8_PER_TENSOR if quantized else KVQuantMode.NONE
-            ),
+            kv_quant_mode=mode,
+            **token_scales,
         )
 
 

@@ -12,6 +12,9 @@ NumPy, some thousand times slower. Small models answer in seconds.
     llm = vllm.LLM(model, attention_backend="CONCH", dtype="float32",
                    enforce_eager=True, max_model_len=256)
 
+With tensor_parallel_size=2 vLLM starts a worker process for each rank, and they speak
+through gloo.
+
 The plugin stays out of the way unless TRITON_INTERPRET=1. Use float32 or float16: the
 interpreter's bfloat16 is not reliable. Triton reads the variable when kernels are
 defined, so set it before vLLM is imported.

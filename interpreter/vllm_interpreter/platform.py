@@ -8,6 +8,7 @@ import torch
 
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import DeviceCapability
+from vllm_interpreter import mamba
 
 # The GPU that backends are to believe in when they say what they support.
 CAPABILITY = DeviceCapability(9, 0)
@@ -41,15 +42,16 @@ def convolve_next(
         weight: [dim, width].
         bias: [dim] or None.
         activation: "silu", "swish" or None.
-        conv_state_indices: [num_seqs] slots.
+        conv_state_indices: [num_seqs] or [num_seqs, 1] slots.
         query_start_loc: not for single tokens.
         pad_slot_id: the slot that belongs to no sequence; others may write it.
 
     """
     if query_start_loc is not None:
         raise NotImplementedError("the interpreter convolves single tokens only")
-    inputs = torch.cat([conv_state[conv_state_indices], x[..., None]], dim=-1)
-    conv_state[conv_state_indices] = inputs[..., 1:]
+    slots = conv_state_indices.flatten()
+    inputs = torch.cat([conv_state[slots], x[..., None]], dim=-1)
+    conv_state[slots] = inputs[..., 1:]
     output = (inputs * weight).sum(-1)
     if bias is not None:
         output += bias
@@ -122,6 +124,14 @@ CALLED = {
     "cpu_fused_moe(Tensor(a!) output, Tensor input, Tensor w13, Tensor w2, "
     "Tensor? w13_bias, Tensor? w2_bias, Tensor topk_weights, Tensor topk_id, "
     "bool skip_weighted, str act, str isa) -> ()": run_experts,
+    "mamba_chunk_scan_fwd_cpu(Tensor(a!) out, Tensor(b!) final_states, Tensor x, "
+    "Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor cu_seqlens) -> ()": mamba.scan,
+    "selective_state_update_cpu(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, "
+    "Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, "
+    "Tensor? state_batch_indices, Tensor? dst_state_batch_indices, int null_block_id, "
+    "Tensor(b!) out, Tensor? num_accepted_tokens, Tensor? cu_seqlens) "
+    "-> ()": mamba.update,
 }
 
 _library = torch.library.Library("_C", "FRAGMENT")  # unregisters when collected
@@ -141,6 +151,11 @@ def define_missing_ops() -> None:
 
 class InterpreterPlatform(CpuPlatform):
     """A CPU whose attention backend is the one the user names."""
+
+    @classmethod
+    def import_kernels(cls) -> None:
+        super().import_kernels()
+        define_missing_ops()  # workers of their own see no check_and_update_config
 
     @classmethod
     def get_attn_backend_cls(

@@ -98,11 +98,45 @@ def test_an_entry_may_come_last():
     assert result == inserted('    "two": 2,\n', '    "three": 3,\n')
 
 
+def test_code_may_take_the_anchors_place():
+    result = apply_edits(
+        SOURCE,
+        [
+            edit(
+                scope="Other.choose",
+                where="instead",
+                anchor="if name is None: ...",
+                insert="# new\nif not name:\n    return 26\n",
+            )
+        ],
+    )
+    old = "        if name is   None:\n            return 1\n"
+    new = "        # new\n        if not name:\n            return 26\n"
+    assert SOURCE.count(old) == 1
+    assert result == SOURCE.replace(old, new)
+
+
+def test_comments_above_the_anchor_stay_when_it_is_replaced():
+    result = apply_edits(
+        SOURCE,
+        [edit(scope="Names", where="instead", anchor="CUSTOM = ...", insert="B = 1")],
+    )
+    assert result == SOURCE.replace('CUSTOM = ""', "B = 1")
+
+
 def test_inserts_at_every_match_it_expects():
     result = apply_edits(
         "x = 1\ny = 2\nx = 3\n", [edit(anchor="x = ...", insert="z = 0", count=2)]
     )
     assert result == "x = 1\nz = 0\ny = 2\nx = 3\nz = 0\n"
+
+
+def test_takes_the_place_of_the_anchor():
+    result = apply_edits(
+        "x = 1\nif x:\n    x = 2\n",
+        [edit(anchor="if x: ...", insert="x = 3", where="instead")],
+    )
+    assert result == "x = 1\nx = 3\n"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 """The exported series, taken in by git as a reviewer would."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from patchset.apply import plan_apply
 from patchset.cli import main
 from patchset.errors import PatchError
 from patchset.export import COVER_LETTER, export
+from patchset.overlay import added_files
 from patchset.releases import Release
 from patchset.trees import find_tree
 
@@ -79,6 +81,23 @@ def test_git_am_gives_what_apply_gives(full_tree, release, tmp_path):
     git(reviewed, "reset", "-q", "--hard", f"HEAD~{len(patches)}")
     plan_apply(find_tree(reviewed), release).execute()
     assert content(reviewed) == by_am
+
+
+IMPORT_HOOK = "tools/pre_commit/check_forbidden_imports.py"
+
+
+def test_upstreams_import_hook_has_nothing_to_say(full_tree, release):
+    """What `git am` gives is what `apply` gives, see above."""
+    if not (full_tree / IMPORT_HOOK).exists():
+        pytest.skip("this release's triton_utils has no Gluon, and its hook wants it")
+    plan_apply(find_tree(full_tree), release).execute()
+    files = [c.path for c in added_files(release) if c.path.endswith(".py")]
+    files += sorted({edit.file for edit in release.edits})
+    hook = [sys.executable, IMPORT_HOOK]
+    result = subprocess.run(
+        [*hook, *files], cwd=full_tree, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_older_patches_are_not_mixed_with_new_ones(release, tmp_path):

@@ -90,6 +90,20 @@ def test_names_are_imported_from_the_modules_that_have_them():
     assert moved(before, relocation) == after
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("import language as gl", "import gl"),
+        ("import language", "import gl as language"),
+        ("import language as lang", "import gl as lang"),
+    ],
+)
+def test_names_may_be_others_where_they_come_from(before, after):
+    relocation = Relocation({}, {"triton.gluon:language": "vllm.triton_utils:gl"})
+    text = moved(f"from triton.gluon {before}\n", relocation)
+    assert text == f"from vllm.triton_utils {after}\n"
+
+
 def test_files_land_in_the_moved_folder():
     assert MOVED.path("vllm/attention/ops/conch/plan.py") == (
         "vllm/v1/attention/ops/conch/plan.py"

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import regex as re
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel, compile, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from vllm.triton_utils import triton
+
+GPUTarget = triton.backends.compiler.GPUTarget
+JITFunction = triton.runtime.JITFunction
+CompiledKernel = triton.compiler.CompiledKernel
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -63,15 +65,17 @@ def compile_for(
         *args: Its arguments; tensors on the CPU or the meta device will do.
         **kwargs: Constants and options such as num_warps.
     """
-    backend = make_backend(target)
+    backend = triton.compiler.make_backend(target)
     kwargs = {"debug": False, "instrumentation_mode": ""} | kwargs
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bind = triton.runtime.jit.create_function_from_signature(
+        kernel.signature, kernel.params, backend
+    )
     bound, specialization, options = bind(*args, **kwargs)
     options, signature, constants, attributes = kernel._pack_args(
         backend, kwargs, bound, specialization, options
     )
-    source = ASTSource(kernel, signature, constants, attributes)
-    return compile(source, target=target, options=options.__dict__)
+    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
 
 
 def resources(compiled: CompiledKernel) -> Resources:
@@ -104,7 +108,7 @@ def nvidia_resources(compiled: CompiledKernel) -> Resources:
         file.flush()
         usage, code = (
             subprocess.run(
-                [knobs.nvidia.cuobjdump.path, option, file.name],
+                [triton.knobs.nvidia.cuobjdump.path, option, file.name],
                 capture_output=True,
                 text=True,
                 check=True,

@@ -70,7 +70,8 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
         def wrapper(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            return poison(tensor) if "attention.ops.conch" in caller else tensor
+            is_conch = caller.startswith("vllm.") and "conch" in caller
+            return poison(tensor) if is_conch else tensor
 
         return wrapper
 
@@ -313,6 +314,7 @@ def make_schedule(batch: Batch, **options) -> VarlenSchedule:
         "device": batch.query.device,
         "sliding_window": batch.sliding_window,
         "chunk_lookback": batch.chunk_lookback,
+        "token_scales": batch.k_scale is not None and batch.k_scale.dim() == 3,
     } | options
     return VarlenSchedule(**options)
 

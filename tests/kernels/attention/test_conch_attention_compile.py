@@ -27,7 +27,8 @@ from tests.kernels.attention.conch_compile import (
 )
 from tests.kernels.attention.conch_devices import DEVICES
 
-BF16, E5M2 = torch.bfloat16, torch.float8_e5m2
+BF16, E5M2, E4M3 = torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn
+INT8, INT4 = torch.int8, torch.uint8
 NUM_KV_HEADS = 8
 
 
@@ -42,7 +43,9 @@ class Case:
     dtype: torch.dtype = BF16
     kv_dtype: torch.dtype = BF16
     batch_invariant: bool = False
+    token_scales: bool = False  # one for every token and head, beside its elements
     options: dict = field(default_factory=dict)
+    targets: tuple[str, ...] | None = None  # None: all
 
 
 CASES = {
@@ -58,6 +61,16 @@ CASES = {
     "128_masks": Case(128, options={"sliding_window": 500, "softcap": 30.0}),
     "128_fp8": Case(128, kv_dtype=E5M2),
     "128_fp8_rows": Case(128, group=8, decode_query_len=16, kv_dtype=E5M2),
+    # By arithmetic there.
+    "128_e4m3": Case(128, kv_dtype=E4M3, targets=("sm80", "gfx90a")),
+    "128_e4m3_scales": Case(128, kv_dtype=E4M3, token_scales=True, targets=("sm90",)),
+    "128_int8": Case(
+        128,
+        kv_dtype=INT8,
+        token_scales=True,
+        targets=("sm80", "sm90", "sm100", "gfx942", "gfx1100"),
+    ),
+    "128_int4": Case(128, kv_dtype=INT4, token_scales=True, targets=("sm90", "gfx942")),
     "128_fp32": Case(128, dtype=torch.float32, kv_dtype=torch.float32),
     "256": Case(256),
     "256_page": Case(256, block_size=128),
@@ -70,17 +83,22 @@ CASES = {
 }
 # Most bytes that spill all the same, by target and kernel.
 SPILLS = {
+    "sm80": {"128_int8 decode_kernel": 64},
+    "sm100": {"128_int8 decode_kernel": 8, "128_int8 prefill_kernel": 16},
     # Tiles whose rates are known; others have to be measured first.
     "sm90": {
         "80 prefill_kernel": 8,
         "128 prefill_kernel": 8,
         "128_masks prefill_kernel": 8,
         "128_page prefill_kernel": 120,
+        "128_e4m3_scales decode_kernel": 16,
+        "128_int8 decode_kernel": 16,
         "256 prefill_kernel": 96,
         "512 prefill_kernel": 192,
     },
     # 16 rows of a query of 256 take half of the registers of waves of 32.
     "gfx1100": {
+        "128_int8 decode_kernel": 56,
         "256_fp8 decode_kernel": 160,
         "256_fp8 prefill_kernel": 32,
         "512 decode_kernel": 900,
@@ -95,16 +113,6 @@ def device_of(name: str):
     return next(d for d in DEVICES.values() if d.arch == target.arch)
 
 
-class Recorder:
-    """Stands for a kernel and keeps what it is launched with."""
-
-    def __init__(self, kernel, launches: list):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
-
-
 def record(case: Case, device) -> list[tuple]:
     """(Kernel, arguments, constants) of a mixed batch: schedule, decode, prefill."""
     conch = "vllm.attention.ops.conch"
@@ -114,9 +122,10 @@ def record(case: Case, device) -> list[tuple]:
     )
     launches: list[tuple] = []
 
-    def call(self, *tensors, descriptors=(), grid=None):
-        args = (*tensors, *descriptors, *self.arguments)
-        launches.append((self.kernel, args, self.constants))
+    def call(self, *tensors, varying=(), grid=None):
+        described = self.launch
+        args = (*varying, *tensors, *self.tensors, *described.arguments)
+        launches.append((described.kernel, args, described.constants))
 
     def integers(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device="meta")
@@ -124,17 +133,28 @@ def record(case: Case, device) -> list[tuple]:
     heads, tokens = case.group * NUM_KV_HEADS, 3000
     query = torch.empty(tokens, heads, case.head_size, dtype=case.dtype, device="meta")
     # More than 2 GiB, up to which AMD's compiler counts on 32-bit offsets.
-    pages = (2, 2**22 // case.block_size, case.block_size, NUM_KV_HEADS, case.head_size)
-    caches = torch.empty(pages, dtype=case.kv_dtype, device="meta")
-    scale = None
-    if case.kv_dtype != case.dtype:
-        scale = torch.empty(1, device="meta")
+    pages = (2**22 // case.block_size, case.block_size, NUM_KV_HEADS)
+    scales, half = [None, None], 0
+    if case.token_scales:
+        width = case.head_size // 2 if case.kv_dtype == INT4 else case.head_size
+        half = width + 4
+        content = torch.empty(*pages, 2 * half, dtype=torch.uint8, device="meta")
+        parts = content[..., :width], content[..., half : half + width]
+        caches = [part.view(case.kv_dtype) for part in parts]
+        numbers = content.view(torch.float32)
+        scales = [numbers[..., width // 4], numbers[..., half // 2 - 1]]
+    else:
+        shape = (*pages, case.head_size)
+        caches = torch.empty(2, *shape, dtype=case.kv_dtype, device="meta").unbind(0)
+        if case.kv_dtype != case.dtype:
+            scales = [torch.empty(1, device="meta")] * 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch.Launch, "__call__", call)
+        patch.setattr(launch.BoundLaunch, "__call__", call)
         patch.setattr(plan, "this_device", lambda index: device)
         patch.setattr(schedule, "this_device", lambda index: device)
-        recorder = Recorder(schedule.schedule_kernel, launches)
-        patch.setattr(schedule, "schedule_kernel", recorder)
+        patch.setattr(attention, "this_device", lambda index: device)
+        # Tensors without memory have no addresses.
+        patch.setattr(attention, "offset_in_page", lambda *args: half)
         work = schedule.VarlenSchedule(
             max_num_seqs=64,
             max_num_tokens=tokens,
@@ -147,6 +167,7 @@ def record(case: Case, device) -> list[tuple]:
             device="meta",
             sliding_window=case.options.get("sliding_window"),
             decode_query_len=case.decode_query_len,
+            token_scales=case.token_scales,
             portable=True,
             batch_invariant=case.batch_invariant,
         )
@@ -154,14 +175,14 @@ def record(case: Case, device) -> list[tuple]:
         work.update(*lengths, max_query_len=1000, num_tokens=tokens)
         attention.varlen_attention(
             query,
-            *caches.unbind(0),
+            *caches,
             torch.empty_like(query),
             *lengths,
             integers(64, 512),
             max_query_len=1000,
             scale=0.1,
-            k_scale=scale,
-            v_scale=scale,
+            k_scale=scales[0],
+            v_scale=scales[1],
             schedule=work,
             **case.options,
         )
@@ -173,14 +194,16 @@ def compile_all(name: str) -> dict[str, Resources]:
     found: dict[str, Resources] = {}
     seen = set()
     for case_name, case in CASES.items():
+        if case.targets is not None and name not in case.targets:
+            continue
         for kernel, args, constants in record(case, device_of(name)):
             if kernel.__name__ == "schedule_kernel":
                 variant = (kernel.__name__,)
             else:
                 # A prefill does not depend on the decodes beside it.
                 layer = replace(case, group=1, decode_query_len=1, options={})
-                rows = constants["BLOCK_M"], constants["TILE"], len(case.options)
-                variant = (kernel.__name__, str(layer), *rows)
+                sizes = constants.get("BLOCK_M"), constants.get("TILE")
+                variant = (kernel.__name__, str(layer), *sizes, len(case.options))
             if variant not in seen:
                 seen.add(variant)
                 compiled = compile_for(TARGETS[name], kernel, *args, **constants)
@@ -207,7 +230,7 @@ def of_kernel(kernels: dict[str, Resources], kernel: str):
 @pytest.mark.parametrize("name", TARGETS)
 def test_registers_and_shared_memory(name, compiled):
     device = device_of(name)
-    assert len(compiled[name]) > len(CASES)
+    assert len(compiled[name]) > len([c for c in CASES.values() if not c.targets])
     for kernel, found in compiled[name].items():
         assert found.shared_bytes <= device.shared_memory, (kernel, found)
         most = SPILLS.get(name, {}).get(kernel, 0)

@@ -277,14 +277,16 @@ def test_a_schedule_updated_for_another_number_of_sequences():
         ("block_size", 24),
         ("query_dtype", torch.float64),
         ("query_dtype", torch.float8_e5m2),
-        ("kv_dtype", torch.uint8),
+        ("kv_dtype", torch.int16),
+        ("token_scales", True),
         ("decode_query_len", 0),
         ("sliding_window", 0),
         ("chunk_lookback", 0),
     ],
 )
 def test_bad_schedules(argument, value):
-    with pytest.raises(ValueError, match=rf"\b{argument}\b"):
+    named = "kv_dtype" if argument == "token_scales" else argument
+    with pytest.raises(ValueError, match=rf"\b{named}\b"):
         make_schedule(make_batch([(1, 20)]), **{argument: value})
 
 

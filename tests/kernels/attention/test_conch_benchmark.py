@@ -181,6 +181,18 @@ def test_probes_with_an_fp8_cache():
         torch.testing.assert_close(whole.output[rows, heads], expected.output)
 
 
+@pytest.mark.parametrize("kv_dtype", cases.TOKEN_HEAD_OPTIONS)
+def test_caches_with_a_scale_per_token_and_head(kv_dtype):
+    case = parse(f"q1s40_q20s40@{kv_dtype}", SMALL)
+    inputs = providers.make_inputs(case, FLOAT32, "cpu")
+    width = 16 if kv_dtype.startswith("int4") else 32
+    assert case.kv_bytes(1) == 2 * 80 * 2 * (width + 4)
+    assert inputs.key_cache.shape[1:] == (16, 2, width)
+    probes = benchmark.make_probes(inputs, providers.Conch().query(inputs))
+    providers.Conch().make(inputs)()
+    benchmark.check(inputs.output, probes, FLOAT32)
+
+
 # ---------------------------------------------------------------- measuring
 
 
@@ -484,16 +496,36 @@ def test_agreement_ends_at_the_first_difference():
 
 
 def test_serving_ratios_are_to_the_baseline():
-    def backend(name, seconds, cases_):
+    def backend(name, seconds, cases_, kv_cache_dtype="auto"):
         result = {"seconds": seconds, "ms_between_tokens": None}
-        head = {"kv_cache_dtype": "auto", "vllm": "", "torch": "", "device": ""}
+        head = {"kv_cache_dtype": kv_cache_dtype, "start_seconds": 9.0}
+        head |= {"vllm": "", "torch": "", "device": ""}
         results = [result | {"case": case} for case in cases_]
         return head | {"backend": name, "results": results}
 
     found = [backend("CONCH", 3.0, ["a", "b"]), backend("FLASH_ATTN", 4.0, ["a"])]
+    found += [backend("CONCH", 2.0, ["a"], "fp8"), backend("FLASH_ATTN", 1, "a", "fp8")]
     rows = serving.make_rows(found, "FLASH_ATTN")
-    assert [row["time_ratio"] for row in rows] == [0.75, None, 1.0]
+    assert [row["time_ratio"] for row in rows] == [0.75, None, 1.0, 2.0, 1.0]
     assert {row["tokens_ratio"] for row in rows} == {None}
+
+
+def test_serving_tables_become_a_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    import plot_conch
+
+    result = {"seconds": 3.0, "ms_between_tokens": 5.0, "case": "1x1024/128"}
+    head = {"start_seconds": 9.0, "vllm": "", "torch": "", "device": "some GPU"}
+    found = [
+        head | {"backend": name, "kv_cache_dtype": kv, "results": [result]}
+        for kv in ("auto", "fp8")
+        for name in ("CONCH", "FLASH_ATTN")
+    ]
+    path = tmp_path / "serving.csv"
+    serving.write_csv(serving.make_rows(found, "FLASH_ATTN"), path)
+    assert plot_conch.main([str(path), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "serving.svg").read_text()
+    assert text.count("<!-- 5 ms -->") == 4 and "some GPU" in text
 
 
 def test_every_backend_gets_the_same_prompts_and_weights():

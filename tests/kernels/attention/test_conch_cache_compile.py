@@ -58,11 +58,11 @@ def compile_cache_write(name: str, cache_dtype: torch.dtype | None) -> Resources
     compiled = compile_for(
         TARGETS[name],
         reshape_and_cache_kernel,
-        *(key, key, key_cache, value_cache, torch.zeros(4, dtype=torch.int64)),
+        4,
+        *(key, key, torch.zeros(4, dtype=torch.int64), key_cache, value_cache),
         *(scale, scale),
         *(key.stride()[:2], key.stride()[:2]),
         *(key_cache.stride()[:3], value_cache.stride()[:3]),
-        4,
         NUM_KV_HEADS=8,
         HEAD_SIZE=128,
         BLOCK_SIZE=16,
@@ -73,6 +73,38 @@ def compile_cache_write(name: str, cache_dtype: torch.dtype | None) -> Resources
         num_warps=tile.num_warps,
     )
     return resources(compiled)
+
+
+def compile_row_write(name: str, cache_dtype: torch.dtype) -> Resources:
+    """8 heads of 128 with a scale each, pages of 16 as vLLM has them."""
+    from vllm.attention.ops.conch.checks import TensorSpec, signature
+    from vllm.attention.ops.conch.fp8 import FP8_DTYPES
+    from vllm.attention.ops.conch.rotation import rotation_matrix
+    from vllm.attention.ops.conch.token_head_cache import plan_launch
+
+    is_int4 = cache_dtype == torch.uint8
+    width = 64 if is_int4 else 128
+    pages = torch.zeros(8, 16, 8, 2 * (width + 4), dtype=torch.uint8)
+    rows = pages[..., :width], pages[..., width + 4 : -4]
+    scales = (pages.view(torch.float32)[..., width // 4],) * 2
+    key = torch.zeros(4, 6144, dtype=BF16)[:, :1024].unflatten(1, (8, 128))
+    tensors = (key, key, *(part.view(cache_dtype) for part in rows), *scales)
+    specs = tuple(TensorSpec(*signature(tensor)) for tensor in tensors)
+    launch = plan_launch(specs, width + 4, 4)
+    caches = tensors[2:4]
+    if cache_dtype in FP8_DTYPES:
+        caches = [fp8_cache(name, cache_dtype, 16)] * 2
+    slots = torch.zeros(4, dtype=torch.int64)
+    matrix = rotation_matrix(128, 128, BF16, torch.device("cpu")) if is_int4 else None
+    return resources(
+        compile_for(
+            TARGETS[name],
+            launch.kernel,
+            *(key, key, *caches, slots, *scales, matrix),
+            *launch.arguments,
+            **launch.constants,
+        )
+    )
 
 
 def compile_quantize(name: str, mode: str) -> Resources:
@@ -116,6 +148,8 @@ def compile_all(name: str) -> dict[str, Resources]:
         "copy_fp8": compile_cache_write(name, native),
         "per_token": compile_quantize(name, "per_token"),
     }
+    for dtype in (torch.int8, native, torch.uint8):
+        found[f"rows {dtype}"] = compile_row_write(name, dtype)
     if name in ("sm90", "gfx942"):
         for mode in ("static", "absmax", "dynamic"):
             found[mode] = compile_quantize(name, mode)
@@ -135,6 +169,8 @@ def compiled() -> dict[str, dict[str, Resources]]:
 def test_resources(name: str, compiled: dict[str, dict[str, Resources]]) -> None:
     backend = TARGETS[name].backend
     for kernel, found in compiled[name].items():
+        if kernel.startswith("rows"):
+            continue
         assert found.spilled_bytes == 0, (kernel, found)
         # Of gfx1100's 1536 for a lane, 16 waves have 96 each: as many as there can be.
         assert found.registers <= (96 if name == "gfx1100" else 64), (kernel, found)
@@ -154,3 +190,16 @@ def test_hardware_converts(
     """Conversion by integer arithmetic takes twice the instructions."""
     native = compiled[name]["copy_fp8"].instructions
     assert native < 0.6 * compiled["sm80"]["copy_fp8"].instructions
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_rows_with_a_scale(
+    name: str, compiled: dict[str, dict[str, Resources]]
+) -> None:
+    """Scales between rows leave addresses multiples of 4 or 8, and stores as wide."""
+    for kernel, found in compiled[name].items():
+        if kernel.startswith("rows"):
+            assert found.spilled_bytes == 0, (kernel, found)
+            assert found.shared_bytes <= 48 * 1024, (kernel, found)
+            assert WIDE_LOADS[TARGETS[name].backend] & found.loads.keys(), found
+            assert not any(s.endswith((".U8", "_b8")) for s in found.stores), found

@@ -28,7 +28,7 @@ on_hopper = pytest.mark.skipif(
     reason="needs a Hopper GPU and a Triton that the kernel is written for",
 )
 # Queries longer and shorter than a tile; rows before the first key see nothing.
-LENGTHS = [(129, 1000), (300, 301), (5, 700), (1, 1), (200, 40)]
+LENGTHS = [(129, 1000), (300, 301), (5, 700), (1, 1), (200, 40), (140, 0)]
 
 
 def make_work(batch: Batch, block_m: int) -> torch.Tensor:
@@ -43,11 +43,11 @@ def make_work(batch: Batch, block_m: int) -> torch.Tensor:
 
 
 def attend(
-    batch: Batch, sinks: torch.Tensor | None, q_stages: int
+    batch: Batch, sinks: torch.Tensor | None, changes: dict
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and LSE of all rows."""
+    """Output and LSE of all rows, with so many changes of the head size's config."""
     head_size = batch.query.shape[2]
-    config = hopper_prefill.CONFIGS[head_size]
+    config = replace(hopper_prefill.CONFIGS[head_size], **changes)
     output = torch.full_like(batch.query, SENTINEL)
     lse = torch.full(batch.query.shape[:2], SENTINEL, device=DEVICE)
     hopper_prefill.hopper_prefill(
@@ -64,7 +64,7 @@ def attend(
         softcap=batch.softcap,
         output_lse=lse,
         sinks=sinks,
-        config=replace(config, q_stages=q_stages),
+        config=config,
     )
     return output, lse
 
@@ -84,24 +84,27 @@ def with_sinks(reference: Attention, sinks: torch.Tensor) -> Attention:
 
 @on_hopper
 @pytest.mark.parametrize(
-    "options, q_stages, sink_dtype",
+    "options, changes, sink_dtype",
     [
-        ({"head_size": 64}, 1, torch.float32),
-        ({"head_size": 64, "sliding_window": 128}, 2, torch.bfloat16),
-        ({"head_size": 128}, 2, torch.float16),
-        ({"head_size": 128, "sliding_window": 300}, 2, None),
-        ({"head_size": 256, "causal": False}, 1, torch.float32),
+        ({"head_size": 64}, {}, torch.float32),
+        ({"head_size": 64, "sliding_window": 128}, {"q_stages": 2}, torch.bfloat16),
+        ({"head_size": 64}, {"turns": False, "narrow_p": False}, None),
+        ({"head_size": 128}, {"q_stages": 2}, torch.float16),
+        ({"head_size": 128, "sliding_window": 300}, {"turns": True}, None),
+        ({"head_size": 256, "causal": False}, {}, torch.float32),
+        ({"head_size": 512}, {}, torch.float32),
+        ({"head_size": 512, "sliding_window": 100}, {}, None),
     ],
     ids=str,
 )
-def test_sinks_and_query_stages(options, q_stages, sink_dtype):
+def test_sinks_and_configs(options, changes, sink_dtype):
     batch = make_batch(
         LENGTHS, num_query_heads=8, dtype=torch.bfloat16, block_size=32, **options
     )
     sinks = None
     if sink_dtype is not None:
         sinks = torch.linspace(-3, 6, 8, device=DEVICE).to(sink_dtype)
-    output, lse = attend(batch, sinks, q_stages)
+    output, lse = attend(batch, sinks, changes)
     live = batch.num_live_tokens
     assert bool((output[live:] == SENTINEL).all())
     assert bool((lse[live:] == SENTINEL).all())
@@ -110,6 +113,28 @@ def test_sinks_and_query_stages(options, q_stages, sink_dtype):
         reference = with_sinks(reference, sinks)
     truncated_sums = max(seq_len for _, seq_len in LENGTHS) // 16
     allowed = output_tolerance(reference, torch.bfloat16, truncated_sums)
+    assert_close("output", output[:live], reference.output, allowed)
+    assert_close("LSE", lse[:live], reference.lse, lse_tolerance(reference))
+
+
+@on_hopper
+@pytest.mark.parametrize("side", [-1, 1])
+@pytest.mark.parametrize("softcap", [5.0, hopper_prefill.MAX_BOUND, 60.0])
+def test_softcaps_at_their_limits(softcap, side):
+    """All logits of a row at the cap, of one sign: with small caps no maximum is
+    taken off, and weights and sums are as small or as large as they can be."""
+    batch = make_batch(
+        LENGTHS, num_query_heads=8, dtype=torch.bfloat16, head_size=128, softcap=softcap
+    )
+    batch.query[: batch.num_live_tokens] = side * 64.0
+    batch.key_cache[:] = batch.key_cache.abs()
+    output, lse = attend(batch, None, {"softcap": "exp2"})
+    live = batch.num_live_tokens
+    reference = Attention(*(t[:live] for t in batch.reference()))
+    allowed = output_tolerance(reference, torch.bfloat16, 1000 // 16)
+    if softcap <= hopper_prefill.MAX_BOUND:
+        # Equal weights are 2^y, not 1: rounded all alike, which a sum does not average.
+        allowed += torch.finfo(torch.bfloat16).eps / 2 * reference.output.abs()
     assert_close("output", output[:live], reference.output, allowed)
     assert_close("LSE", lse[:live], reference.lse, lse_tolerance(reference))
 

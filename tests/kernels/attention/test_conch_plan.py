@@ -26,7 +26,6 @@ from vllm.attention.ops.conch.plan import (
     head_lanes,
     make_plan,
     this_device,
-    unsupported_kv_dtype,
 )
 from vllm.triton_utils import triton
 
@@ -341,7 +340,7 @@ def test_hopper_kernel(head_size, triton_of_hopper, monkeypatch):
     for other in (
         (layer(head_size, BF16, E4M3), H200),
         (layer(head_size, FP32), H200),
-        (layer(512), H200),
+        (layer(508), H200),
         (shape, DEVICES["A100"]),
         (shape, DEVICES["B200"]),
         (shape, DEVICES["MI300X"]),
@@ -367,18 +366,20 @@ def test_hopper_kernel(head_size, triton_of_hopper, monkeypatch):
         ("RX 7900 XTX", None),
     ],
 )
-def test_fp8_caches(name, native, monkeypatch):
-    monkeypatch.setattr(plan, "this_device", lambda index: DEVICES[name])
-    device = torch.device("cuda", 0)
+def test_e4m3_is_read_by_arithmetic_without_an_instruction(name, native):
     for dtype in (BF16, FP16, FP32, E5M2):
-        assert unsupported_kv_dtype(dtype, device) is None
-    for dtype in (E4M3, E4M3_FNUZ):
-        reason = unsupported_kv_dtype(dtype, device)
-        assert (reason is None) == (dtype == native)
-        if reason:
-            assert str(DEVICES[name].arch) in reason[0]
-            assert native is None or str(native) in reason[0]
-        assert unsupported_kv_dtype(dtype, torch.device("cpu")) is None
+        assert plan.plan_kv_format(dtype, DEVICES[name]) is None
+    for dtype, how in ((E4M3, "e4m3fn"), (E4M3_FNUZ, "e4m3fnuz")):
+        expected = None if dtype == native else how
+        assert plan.plan_kv_format(dtype, DEVICES[name]) == expected
+        assert plan.plan_kv_format(dtype, INTERPRETER) is None
+
+
+def test_bytes_of_a_cache():
+    sizes = {BF16: 256, FP32: 512, E4M3: 128, torch.int8: 128, torch.uint8: 64}
+    for dtype, size in sizes.items():
+        assert layer(128, BF16, dtype).row_bytes == size
+    assert layer(16, BF16, torch.uint8).head_padded == 32
 
 
 def test_dies():
@@ -421,6 +422,7 @@ def test_scratch_holds_every_plan_of_a_schedule(decode_query_len, group):
 HOPPER_PREFILLS = [
     ("bfloat16", "bfloat16", 128, ("16-bit", 128)),
     ("float16", "float16", 40, ("16-bit", 128)),
+    ("bfloat16", "bfloat16", 512, ("16-bit", 64)),
     ("float8_e4m3fn", "float8_e4m3fn", 64, ("fp8", 192)),
     ("float8_e4m3fn", "float8_e4m3fn", 48, ("fp8", 192)),
     ("float8_e4m3fn", "float8_e4m3fn", 128, ("fp8", 192)),

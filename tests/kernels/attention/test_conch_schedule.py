@@ -294,3 +294,10 @@ def test_prefill_items_come_heaviest_first(seed, pack):
     items = [tuple(item[:5]) for item in schedule.items.tolist()]
     assert items[: len(expected)] == expected
     assert all(item[0] == -1 for item in items[len(expected) :])
+
+
+@pytest.mark.skipif(ON_GPU, reason="a CPU's schedule runs in the interpreter")
+def test_a_cpu_with_a_number_is_the_interpreter():
+    batch = make_batch([(1, 5)])
+    schedules = [make_schedule(batch, device=name) for name in ("cpu", "cpu:0")]
+    assert schedules[0].target == schedules[1].target

@@ -7,13 +7,15 @@ batch, a metadata builder for a group of layers, then each layer's calls.
 """
 
 import gc
+import inspect
 import math
 import weakref
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
+from random import Random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -46,6 +48,7 @@ from tests.kernels.attention.conch_reference import (
 from vllm.attention.ops.conch import hopper_fp8_prefill, hopper_prefill
 from vllm.attention.ops.conch.plan import Device
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.config.cache import CacheDType
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     kFp8DynamicTokenSym,
     kFp8StaticTensorSym,
@@ -60,12 +63,14 @@ from vllm.v1.attention.backends.conch_attn import (
     ConchAttentionMetadataBuilder,
 )
 from vllm.v1.attention.backends.conch_base import (
+    TOKEN_HEAD_FORMATS,
     AttentionCGSupport,
     AttentionType,
     CommonAttentionMetadata,
     bound_kv_cache,
     key_value_views,
 )
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 # (query_len, tokens already in the cache) of each sequence.
 BATCHES = {
@@ -87,10 +92,14 @@ def make_config(
     num_speculative_tokens: int | None = None,
     cudagraph_mode: CUDAGraphMode = CUDAGraphMode.NONE,
     dtype: torch.dtype = torch.float32,
+    rswa_window: int | None = None,
 ) -> VllmConfig:
     config = VllmConfig()
     config.model_config = SimpleNamespace(
-        max_model_len=MAX_MODEL_LEN, is_mm_prefix_lm=False, dtype=dtype
+        max_model_len=MAX_MODEL_LEN,
+        is_mm_prefix_lm=False,
+        dtype=dtype,
+        rswa_window=rswa_window,
     )
     config.scheduler_config.max_num_seqs = 8
     config.scheduler_config.max_num_batched_tokens = MAX_NUM_TOKENS
@@ -277,6 +286,8 @@ class Engine:
             alibi_sqrt=impl.alibi_sqrt,
             mm_prefix_range=metadata.mm_prefix_range,
             mm_prefix_in_window=in_window,
+            prefix_lens=metadata.prefix_lens,
+            chunk_lookback=impl.schedule_key.chunk_lookback,
         )
 
     def check(self, layer: Any, metadata: Any) -> None:
@@ -384,6 +395,16 @@ def test_fp8_cache(kv_cache_dtype: str, batch: str) -> None:
     """The cache is allocated as bytes, written and read as the fp8 format."""
     engine = Engine(kv_cache_dtype=kv_cache_dtype, scales=(0.5, 2.0))
     engine.step(BATCHES[batch])
+
+
+def test_scales_that_are_calculated_at_the_first_step() -> None:
+    """VLLM writes them into the layer's tensors, which are read on the device."""
+    engine = Engine(kv_cache_dtype="fp8")
+    engine.step(BATCHES["prefill"])
+    (layer,) = engine.layers
+    layer._k_scale.fill_(0.5)
+    layer._v_scale.fill_(2.0)
+    engine.step(BATCHES["mixed"])
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -521,6 +542,116 @@ def test_images_are_seen_both_ways(in_window: bool) -> None:
         engine.check(layer, metadata)
     common.mm_req_doc_ranges = None
     assert builder.build(0, common).mm_prefix_range is None
+
+
+@pytest.mark.parametrize("batch", ["decode", "mixed", "verify"])
+def test_chunks_with_lookback(batch: str) -> None:
+    """Chunks of 20 and of 8 keys, beside a window: three schedules."""
+    chunks = {"sliding_window": 40, "chunk_lookback": 1}
+    short = {"attention_chunk_size": 8}
+    layers = [chunks, {"sliding_window": 40}, short, chunks]
+    engine = Engine(layers)
+    assert len(engine.builder.schedules) == 3
+    engine.step(BATCHES[batch])
+
+
+def test_chunks_without_a_window_are_none() -> None:
+    """As with --disable-sliding-window: the whole sequence is seen."""
+    engine = Engine([{"chunk_lookback": 1}])
+    assert engine.layers[0].impl.schedule_key.chunk_lookback == -1
+    engine.step(BATCHES["decode"])
+
+
+needs_rswa = pytest.mark.skipif(
+    not hasattr(ConchAttentionBackend, "supports_rswa"),
+    reason="this release has no reference sliding window",
+)
+
+
+def keep_prompt_and_window(
+    engine: Engine, prompts: Sequence[int], window: int, num_computed: Sequence[int]
+) -> None:
+    """Frees the pages between, as vLLM's manager does: block 0 stands in for them."""
+    for row, (prompt, computed) in enumerate(zip(prompts, num_computed)):
+        first = -(-prompt // BLOCK_SIZE)
+        end = max(prompt, computed - window) // BLOCK_SIZE
+        engine.block_table[row, first : max(first, end)] = 0
+
+
+@needs_rswa
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_prompts_stay_in_sight_behind_a_window(kv_cache_dtype: str) -> None:
+    """R-SWA; prompts are whole, chunked, generated from, shorter than a page."""
+    lengths = [(1, 190), (30, 0), (1, 130), (20, 33), (3, 90)]
+    prompts = [37, 30, 5, 90, 16]
+    engine = Engine(rswa_window=24, kv_cache_dtype=kv_cache_dtype)
+    common = engine.fill(lengths)
+    common.rswa_prefix_lens = torch.tensor(prompts, dtype=torch.int32)
+    metadata = engine.builder.build(0, common)
+    assert metadata.prefix_lens.tolist() == prompts
+    (layer,) = engine.layers
+    engine.check(layer, metadata)
+    # Nothing is missed of the pages between prompt and window.
+    pages = engine.block_table.clone()
+    query, key, value = engine.new_tokens(layer, metadata.num_actual_tokens)
+    query, outputs = engine.as_passed(layer, query), []
+    for cache in layer.caches:
+        cache[0] = 100.0
+    for _ in range(2):
+        outputs.append(torch.full(query.shape, SENTINEL, device=DEVICE))
+        run_layer(layer, query, key, value, metadata, outputs[-1])
+        keep_prompt_and_window(engine, prompts, 24, [c for _, c in lengths])
+    assert not torch.equal(engine.block_table, pages)
+    assert torch.equal(*outputs)
+
+
+@needs_rswa
+def test_batches_without_prompt_lengths_see_all() -> None:
+    """What dummy and draft batches get; a graph captured so replays with lengths."""
+    engine = Engine(rswa_window=24)
+    metadata = engine.builder.build(0, engine.fill(BATCHES["decode"]))
+    buffer = metadata.prefix_lens.data_ptr()
+    engine.check(engine.layers[0], metadata)
+    common = engine.fill(BATCHES["decode"], padded_reqs=2)
+    common.rswa_prefix_lens = torch.tensor([3, 1, 9, 40], dtype=torch.int32)
+    metadata = engine.builder.build(0, common)
+    assert metadata.prefix_lens.data_ptr() == buffer
+    assert not engine.builder.supports_draft_decode_metadata_update
+    engine.check(engine.layers[0], metadata)
+    engine.layers[0].impl.run_dummy_batches(engine.layers[0])
+
+
+@needs_rswa
+def test_rswa_refuses_what_would_not_be_it() -> None:
+    engine = Engine(rswa_window=24)
+    with pytest.raises(ValueError, match="only one of sliding_window 16"):
+        engine.make_impl("auto", sliding_window=16)
+    engine.config.attention_config.use_non_causal = True
+    with pytest.raises(ValueError, match="non-causal attention with R-SWA"):
+        engine.make_impl("auto")
+
+    config = selector_config(use_rswa=True, use_non_causal=True)
+    (reason,) = ConchAttentionBackend.validate_configuration(**config)
+    assert reason == "non-causal attention with R-SWA not supported"
+
+
+@needs_rswa
+def test_prefix_lm_is_warmed_up_as_it_runs() -> None:
+    """All of a prompt sees itself, in decoders too: no causal kernels to compile."""
+    engine = Engine()
+    (layer,) = engine.layers
+    assert layer.impl.causal_modes(torch.device(DEVICE)) == (True,)
+    spec = replace(engine.builder.kv_cache_spec, non_causal=True)
+    layer.impl.see_layer(layer, spec)
+    assert layer.impl.causal_modes(torch.device(DEVICE)) == (False,)
+
+
+@needs_rswa
+def test_chunks_refuse_non_causal_attention() -> None:
+    engine = Engine()
+    engine.config.attention_config.use_non_causal = True
+    with pytest.raises(ValueError, match="non-causal attention with chunks"):
+        engine.make_impl("auto", sliding_window=16, chunk_lookback=1)
 
 
 def test_shared_cache_is_not_written() -> None:
@@ -905,6 +1036,7 @@ def test_warm_up_leaves_the_cache_alone(kv_cache_dtype: str) -> None:
     layer.impl.run_dummy_batches(layer)
     for cache, old in zip(layer.caches, before):
         assert torch.equal(cache.contiguous().view(torch.uint8), old)
+    assert not layer.impl.attentions  # nor is the schedule kept
 
 
 @gpu_only
@@ -938,6 +1070,65 @@ def test_nothing_compiles_after_warm_up(
     assert not compiled
 
 
+def at_offset(tensor: torch.Tensor, offset: int) -> torch.Tensor:
+    """The tensor, in memory that begins so many elements after an aligned address."""
+    flat = tensor.new_empty(tensor.numel() + offset)[offset:]
+    return flat.view(tensor.shape).copy_(tensor)
+
+
+@gpu_only
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_a_thousand_random_batches_compile_nothing(
+    kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decodes, drafts, chunks and whole prompts; lengths and slots at any address."""
+    from triton import knobs
+
+    layers = [{}, {"sliding_window": 40}]
+    engine = Engine(
+        layers,
+        dtype=torch.bfloat16,
+        kv_cache_dtype=kv_cache_dtype,
+        num_speculative_tokens=3,
+        num_blocks=160,
+    )
+    for layer in engine.layers:
+        layer.impl.warm_up(layer)
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        knobs.runtime,
+        "jit_post_compile_hook",
+        lambda **event: compiled.append(event["fn"].name),
+    )
+    random = Random(0)
+    for _ in range(1000):
+        longest = random.choice([1, 4, 16, 200])
+        lengths = []
+        for _ in range(random.randint(1, 6)):
+            query_len = random.randint(1, longest)
+            lengths.append((query_len, random.randint(0, MAX_MODEL_LEN - query_len)))
+        padding = {"padded_reqs": random.randint(0, 2)}
+        padding["padded_tokens"] = random.choice([0, 1, 13, 3000])
+        common = engine.fill(lengths, **padding)
+        for name in (
+            "query_start_loc",
+            "seq_lens",
+            "slot_mapping",
+            "block_table_tensor",
+        ):
+            tensor = getattr(common, name)
+            setattr(common, name, at_offset(tensor, random.randrange(4)))
+        metadata = engine.builder.build(0, common)
+        for layer in engine.layers:
+            query, key, value = engine.new_tokens(layer, common.num_actual_tokens)
+            if random.random() < 0.5:  # tensors of their own
+                query, key, value = query.clone(), key.contiguous(), value.clone()
+            query = engine.as_passed(layer, query)
+            output = torch.empty_like(query, dtype=engine.dtype)
+            run_layer(layer, query, key, value, metadata, output)
+        assert not compiled, (compiled, lengths, padding)
+
+
 def test_views_of_a_cache_are_made_once() -> None:
     engine = Engine(kv_cache_dtype="fp8")
     impl = engine.layers[0].impl
@@ -948,8 +1139,112 @@ def test_views_of_a_cache_are_made_once() -> None:
     first = impl.key_value_caches(kv_cache)
     assert impl.key_value_caches(kv_cache) is first
     second = impl.key_value_caches(other)
-    assert [view.data_ptr() for view in second] != [view.data_ptr() for view in first]
-    assert all(view.dtype == current_platform.fp8_dtype() for view in first)
+    assert [v.data_ptr() for v in second[:2]] != [v.data_ptr() for v in first[:2]]
+    assert all(view.dtype == current_platform.fp8_dtype() for view in first[:2])
+    assert first.k_scale is first.v_scale is None
+
+
+class Checks:
+    """Counts the calls that are checked; all others repeat one of them."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.engine, self.names = engine, []
+        for name in ("reshape_and_cache", "varlen_attention"):
+            monkeypatch.setattr(conch_attn, name, self.count(name))
+
+    def count(self, name: str) -> Any:
+        function = getattr(conch_attn, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.names.append(name)
+            return function(*args, **kwargs)
+
+        return counted
+
+    def of(self, lengths: Sequence[tuple[int, int]], **options: Any) -> list[str]:
+        """What a step checks, whose results are compared with the reference."""
+        self.names.clear()
+        self.engine.step(lengths, **options)
+        return self.names
+
+
+BOTH = ["reshape_and_cache", "varlen_attention"]
+
+
+def test_a_layer_checks_each_kind_of_batch_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine()
+    checks = Checks(engine, monkeypatch)
+    assert checks.of(BATCHES["decode"]) == BOTH
+    assert checks.of([(1, 3), (1, 90)], padded_reqs=1) == []
+    assert checks.of(BATCHES["mixed"]) == []
+    assert checks.of([(12, 30), (1, 7)]) == BOTH[1:]  # other tiles
+    assert checks.of([(12, 3), (12, 50)]) == []
+    assert checks.of(BATCHES["prefill"], causal=False) == BOTH[1:]
+    assert checks.of(BATCHES["decode"]) == []
+    engine.block_table = engine.block_table.clone()
+    assert checks.of(BATCHES["decode"]) == BOTH[1:]
+    rows = engine.new_tokens
+    monkeypatch.setattr(
+        engine, "new_tokens", lambda *args: [x.contiguous() for x in rows(*args)]
+    )
+    assert checks.of(BATCHES["decode"]) == BOTH
+    (layer,) = engine.layers
+    kv_cache = make_kv_cache(
+        KV_LAYOUTS[-1],
+        engine.num_blocks,
+        BLOCK_SIZE,
+        NUM_KV_HEADS,
+        HEAD_SIZE,
+        engine.dtype,
+        DEVICE,
+    )
+    bind_kv_cache(layer, kv_cache)
+    layer.caches = key_value_views(kv_cache, HEAD_SIZE)
+    assert checks.of(BATCHES["decode"]) == BOTH
+    assert len(layer.impl.attentions) == len(layer.impl.writes) == 1
+
+
+def test_schedules_have_calls_of_their_own() -> None:
+    """Microbatches have a builder each, and share the layers."""
+    engine = Engine()
+    engine.step(BATCHES["decode"])
+    (layer,) = engine.layers
+    other = ConchAttentionMetadataBuilder(
+        engine.builder.kv_cache_spec, ["layer.0"], engine.config, engine.builder.device
+    )
+    first, engine.builder = engine.builder, other
+    engine.step(BATCHES["decode"])
+    engine.builder = first
+    engine.step(BATCHES["verify"])
+    schedules = {prepared.schedule for prepared in layer.impl.attentions.values()}
+    expected = {*first.schedules.values(), *other.schedules.values()}
+    assert schedules == expected and len(expected) == 2
+
+
+def test_one_tokens_stride_is_not_that_of_more() -> None:
+    engine = Engine()
+    (layer,) = engine.layers
+    common = engine.fill([(3, 0)])
+    _, key, value = engine.new_tokens(layer, 1)
+    before = [cache.clone() for cache in layer.caches]
+    kv_cache = bound_kv_cache(layer)
+    for count in (1, 3):
+        slots = common.slot_mapping[:count]
+        layer.impl.write_kv_cache(layer, key[:count], value[:count], kv_cache, slots)
+    assert key[:1].stride() == key.stride()
+    engine.check_cache(layer, before, key, value, common.slot_mapping)
+
+
+def test_calls_are_kept_in_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conch_attn, "MAX_PREPARED", 2)
+    engine = Engine()
+    (layer,) = engine.layers
+    for _ in range(3):
+        engine.block_table = torch.cat([engine.block_table] * 2)[:8].clone()
+        engine.step([(1, 5)])
+        assert 1 <= len(layer.impl.attentions) <= 2
 
 
 def test_cache_is_freed_with_its_binding() -> None:
@@ -963,6 +1258,7 @@ def test_cache_is_freed_with_its_binding() -> None:
     gc.collect()
     assert bound() is None
     assert layer.impl.key_value is None
+    assert not layer.impl.attentions and not layer.impl.writes
 
 
 def test_schedules_are_made_for_the_group_and_the_configuration() -> None:
@@ -994,12 +1290,16 @@ SUPPORTED = [
     {"kv_cache_dtype": "fp8_e4m3"},
     {"kv_cache_dtype": "fp8_e5m2"},
     {"kv_cache_dtype": "bfloat16", "dtype": torch.bfloat16},
+    *({"kv_cache_dtype": name} for name in TOKEN_HEAD_FORMATS),
     {"has_sliding_window": True},
     {"use_non_causal": True},
     {"use_kv_connector": True},
     {"use_adaptive_verification": True},
+    {"use_dcp": True},
     {"use_batch_invariant": True},
     {"has_sink": True},
+    {"use_rswa": True},
+    *([{"use_mm_prefix": True}] if ConchAttentionBackend.supports_mm_prefix() else []),
     {"attn_type": AttentionType.DECODER},
     {"attn_type": AttentionType.ENCODER},
     {"attn_type": AttentionType.ENCODER_ONLY},
@@ -1012,6 +1312,11 @@ UNSUPPORTED = [
     ({"block_size": 24}, "block_size 24 not supported: it must be a multiple of 16"),
     ({"dtype": torch.float64}, "dtype torch.float64 not supported"),
     ({"kv_cache_dtype": "fp8_inc"}, "kv_cache_dtype fp8_inc not supported"),
+    *(
+        ({"kv_cache_dtype": name}, f"kv_cache_dtype {name} not supported")
+        for name in ("int8_per_token_head", "int4_per_token_head")
+        if name not in TOKEN_HEAD_FORMATS
+    ),
     (
         {"kv_cache_dtype": "bfloat16"},
         "kv_cache_dtype bfloat16 not supported with dtype torch.float16",
@@ -1025,8 +1330,6 @@ UNSUPPORTED = [
     ),
     ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),
     ({"use_pcp": True}, "PCP not supported"),
-    ({"use_dcp": True}, "DCP not supported"),
-    ({"use_rswa": True}, "R-SWA not supported"),
     ({"attn_type": "prefix"}, "attention type prefix not supported"),
 ]
 
@@ -1047,6 +1350,37 @@ def test_unsupported_configurations(changes: dict[str, Any], reason: str) -> Non
     assert reason in only
 
 
+def test_every_question_of_the_selector_is_asked_above() -> None:
+    """A release that asks for something new has to be answered for."""
+    asked = {name for changes in SUPPORTED for name in changes}
+    asked |= {name for changes, _ in UNSUPPORTED for name in changes}
+    assert asked >= set(AttentionSelectorConfig._fields)
+
+
+def test_every_cache_format_is_taken_or_refused() -> None:
+    for kv_cache_dtype in get_args(CacheDType):
+        dtype = getattr(torch, kv_cache_dtype, torch.float16)
+        dtype = dtype if dtype.itemsize == 2 else torch.float16
+        config = selector_config(kv_cache_dtype=kv_cache_dtype, dtype=dtype)
+        reasons = ConchAttentionBackend.validate_configuration(**config)
+        taken = kv_cache_dtype in ConchAttentionBackend.supported_kv_cache_dtypes
+        named = [f"kv_cache_dtype {kv_cache_dtype} not" in reason for reason in reasons]
+        assert named == ([] if taken else [True])
+
+
+@pytest.mark.skipif(
+    "head_size_v" not in inspect.signature(FullAttentionSpec).parameters,
+    reason="with this release all layers have K and V of one size",
+)
+def test_keys_and_values_of_two_sizes_are_refused() -> None:
+    engine = Engine()
+    spec = replace(engine.builder.kv_cache_spec, head_size_v=HEAD_SIZE // 2)
+    with pytest.raises(ValueError, match="head_size_v .* differs from head_size"):
+        ConchAttentionMetadataBuilder(
+            spec, ["layer.0"], engine.config, torch.device(DEVICE)
+        )
+
+
 def test_all_reasons_at_once() -> None:
     expected = {}
     for changes, reason in UNSUPPORTED:
@@ -1065,8 +1399,8 @@ def test_all_reasons_at_once() -> None:
     ("capability", "changes", "reason"),
     [
         ((7, 5), {"dtype": torch.bfloat16}, "compute capability 8.0"),
-        ((8, 0), {"kv_cache_dtype": "fp8"}, "compute capability 8.9"),
-        ((8, 6), {"kv_cache_dtype": "fp8_e4m3"}, "compute capability 8.9"),
+        ((8, 0), {"kv_cache_dtype": "fp8"}, None),
+        ((7, 5), {"kv_cache_dtype": "fp8_e4m3"}, None),
         ((8, 9), {"kv_cache_dtype": "fp8_e4m3"}, None),
         ((8, 0), {"kv_cache_dtype": "fp8_e5m2"}, None),
         ((7, 5), {"dtype": torch.float16}, None),
@@ -1093,13 +1427,11 @@ def test_layer_refuses_with_every_reason() -> None:
         engine.make_impl(
             "fp8_inc",
             attn_type="prefix",
-            chunk_lookback=3,
             attention_bias=torch.zeros(1),
         )
     for reason in (
         "kv_cache_dtype fp8_inc not supported",
         "attention type prefix not supported",
-        "chunk_lookback not supported",
         "attention_bias not supported",
         "--attention-backend",
     ):
@@ -1115,19 +1447,18 @@ def test_layer_accepts_arguments_that_ask_for_nothing() -> None:
     Engine().make_impl("auto", sinks=None)
 
 
-@pytest.mark.parametrize("size", ["dcp_world_size", "pcp_world_size"])
-def test_layer_refuses_context_parallelism(
-    size: str, monkeypatch: pytest.MonkeyPatch
+def test_layer_refuses_prefill_context_parallelism(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     create = ConchAttentionImpl.__new__
 
     def create_on_two_ranks(cls: type, *args: Any, **kwargs: Any) -> Any:
         impl = create(cls, *args, **kwargs)
-        setattr(impl, size, 2)
+        impl.pcp_world_size = 2
         return impl
 
     monkeypatch.setattr(ConchAttentionImpl, "__new__", create_on_two_ranks)
-    with pytest.raises(ValueError, match=f"{size[:3].upper()}.* not supported"):
+    with pytest.raises(ValueError, match="PCP.* not supported"):
         Engine()
 
 

@@ -84,22 +84,31 @@ def save(
     return model
 
 
+def attention_impls(worker: Any) -> list[str]:
+    """Of a worker's layers the implementations' names and how many share their keys."""
+    config = worker.vllm_config.compilation_config
+    layers = config.static_forward_context.values()
+    impls = [layer.impl for layer in layers if hasattr(layer, "impl")]
+    return [f"{type(impl).__name__} {getattr(impl, 'num_shares', 1)}" for impl in impls]
+
+
 @contextmanager
 def engine(
     folder: str,
     num_attention_layers: int = SHAPE["num_hidden_layers"],
+    backend: type = conch_attn.ConchAttentionBackend,
     **options: Any,
 ) -> Iterator[vllm.LLM]:
-    """An engine whose every attention layer runs CONCH."""
+    """An engine whose every attention layer runs CONCH, or another backend."""
     llm = vllm.LLM(
         folder,
-        attention_config={"backend": "CONCH"},
+        attention_config={"backend": backend.get_name()},
         dtype="float32",
-        enforce_eager=True,
         disable_log_stats=False,
-        gpu_memory_utilization=0.3,
         seed=0,
         **{
+            "enforce_eager": True,
+            "gpu_memory_utilization": 0.3,
             "max_model_len": 128,
             "max_num_batched_tokens": 128,
             "max_num_seqs": 4,
@@ -110,11 +119,10 @@ def engine(
         | options,
     )
     try:
-        config = llm.llm_engine.vllm_config.compilation_config
-        layers = config.static_forward_context.values()
-        impls = [layer.impl for layer in layers if hasattr(layer, "impl")]
-        assert len(impls) == num_attention_layers
-        assert all(isinstance(impl, conch_attn.ConchAttentionImpl) for impl in impls)
+        num_shares = options.get("decode_context_parallel_size", 1)
+        name = backend.get_impl_cls().__name__
+        for impls in llm.collective_rpc(attention_impls):
+            assert impls == [f"{name} {num_shares}"] * num_attention_layers
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()  # a failed test keeps a reference

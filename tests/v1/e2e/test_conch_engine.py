@@ -57,9 +57,9 @@ class Steps:
             self.batches.append(list(zip(query_lens, metadata.seq_lens.tolist())))
             return metadata
 
-        def counting_attention(*args: Any, **kwargs: Any) -> None:
+        def counting_attention(*args: Any, **kwargs: Any) -> Any:
             self.num_calls += 1
-            attention(*args, **kwargs)
+            return attention(*args, **kwargs)
 
         monkeypatch.setattr(builder, "build", recording_build)
         monkeypatch.setattr(conch_attn, "varlen_attention", counting_attention)
@@ -122,6 +122,31 @@ def test_preemption(llama: tuple[str, PreTrainedModel], steps: Steps) -> None:
         assert generate(llm, prompts, 12) == expected_tokens(model, prompts, 12)
         assert metric(llm, "num_preemptions") > 0
     assert steps.num_calls > 0
+
+
+def test_kv_connector(
+    llama: tuple[str, PreTrainedModel], steps: Steps, tmp_path: Path
+) -> None:
+    """KV of whole pages, saved by one run, saves another the prefill."""
+    if not hasattr(conch_attn.ConchAttentionBackend, "supports_kv_connector"):
+        pytest.skip("this release's example connector knows no cache but FLASH_ATTN's")
+    folder, model = llama
+    prompts = random_prompts(50, 37)
+    expected = expected_tokens(model, prompts, 4)
+    with engine(
+        folder,
+        enable_prefix_caching=False,
+        kv_transfer_config={
+            "kv_connector": "ExampleConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+        },
+    ) as llm:
+        assert generate(llm, prompts, 4) == expected
+        assert list(tmp_path.rglob("*.safetensors"))
+        steps.batches.clear()
+        assert generate(llm, prompts, 4) == expected
+    assert {(2, 50), (5, 37)} <= {pair for batch in steps.batches for pair in batch}
 
 
 def test_sliding_window(tmp_path: Path, steps: Steps) -> None:

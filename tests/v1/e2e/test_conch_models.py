@@ -86,7 +86,7 @@ def without_window(model: PreTrainedModel) -> None:
     without(sliding_window=10**6)(model)
 
 
-CPU_CONVOLUTIONS = "vllm.model_executor.layers.mamba.ops.cpu"
+CPU_LAYERS = "vllm.model_executor.layers.mamba.ops.cpu"
 
 
 def without_alibi(model: PreTrainedModel) -> None:
@@ -166,6 +166,51 @@ FAMILIES = {
         },
         without_sinks,
     ),
+    "llama4": Family(  # chunks: tokens see none of the chunks before
+        "Llama4",
+        SHAPE
+        | {
+            "intermediate_size_mlp": 128,
+            "no_rope_layers": [1, 0],
+            "attention_chunk_size": 32,
+            "interleave_moe_layer_step": 10,  # no experts
+            "floor_scale": 16,
+        },
+        without(attention_chunk_size=10**6),
+        config_class="Llama4TextConfig",
+    ),
+    "gemma3n": Family(  # the last two layers attend to what others have cached
+        "Gemma3n",
+        GEMMA
+        | {
+            "num_hidden_layers": 4,
+            "layer_types": LAYER_TYPES * 2,
+            "num_kv_shared_layers": 2,
+            "intermediate_size": [128] * 4,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 16,
+            "altup_num_inputs": 2,
+            "laurel_rank": 8,
+        },
+        without_window,
+        config_class="Gemma3nTextConfig",
+        num_attention_layers=4,
+    ),
+    "granite hybrid": Family(  # a layer of Mamba 2
+        "GraniteMoeHybrid",
+        NO_HEAD_DIM
+        | {
+            "layer_types": ["linear_attention", "full_attention"],
+            "shared_intermediate_size": 128,
+            "num_local_experts": 0,
+            "attention_multiplier": 0.25,
+            "mamba_n_heads": 8,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 16,
+        },
+        num_attention_layers=1,
+    ),
     "phi3": Family(  # heads of 96
         "Phi3",
         NO_HEAD_DIM
@@ -206,8 +251,11 @@ def test_family(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model_class, config_class = family.classes
     skip_unless_supported(model_class)
-    if name == "lfm2" and not ON_GPU and find_spec(CPU_CONVOLUTIONS) is None:
-        pytest.skip("this release has no causal convolutions for CPUs")
+    if find_spec(CPU_LAYERS) is None:
+        if name in ("lfm2", "granite hybrid") and not ON_GPU:
+            pytest.skip("this release has no recurrent layers for CPUs")
+        if name == "gemma3n":
+            pytest.skip("this release does not load the weights' names")
     config = config_class(**family.config)
     model = save(model_class, config, tmp_path, family.attention)
     prompts = random_prompts(*PROMPT_LENGTHS)
@@ -226,6 +274,114 @@ def test_family(name: str, tmp_path: Path) -> None:
     if family.forget is not None:
         family.forget(model)
         assert expected_tokens(model, prompts, NUM_TOKENS) != expected
+
+
+# ---- Masks that Hugging Face's models of the same layers do not have
+
+
+def expected_with_mask(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    count: int,
+    visible: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+    layer_type: str | None = None,
+) -> list[list[int]]:
+    """What Hugging Face generates if queries see what a function says.
+
+    Args:
+        model: its plain attention adds the mask to the logits.
+        prompts: the prompts.
+        count: tokens to generate.
+        visible: from positions of queries [N, 1] and of keys [N] and the prompt's
+            length, which of the keys up to its own a query sees.
+        layer_type: which layers have the mask; the others are causal. None: all.
+    """
+    results = []
+    for prompt in prompts:
+        tokens = torch.tensor([prompt])
+        for _ in range(count):
+            position = torch.arange(tokens.shape[1])
+            causal = position[:, None] >= position
+            seen = causal & visible(position[:, None], position, len(prompt))
+            causal, seen = (
+                torch.where(mask, 0.0, float("-inf"))[None, None]
+                for mask in (causal, seen)
+            )
+            mask: Any = seen
+            if layer_type is not None:
+                mask = {layer_type: seen, "full_attention": causal}
+            with torch.no_grad():
+                logits = model(tokens, attention_mask=mask, use_cache=False).logits
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+        results.append(tokens[0, len(prompt) :].tolist())
+    return results
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_reference_sliding_window(tmp_path: Path) -> None:
+    """R-SWA: generated tokens see the prompt and the last 8; pages between go."""
+    if "UnlimitedOCRForCausalLM" not in ModelRegistry.get_supported_archs():
+        pytest.skip("this release has no model with R-SWA")
+    window, count = 8, 37
+    config = transformers.LlamaConfig(**SHAPE)
+    model = save(transformers.LlamaForCausalLM, config, tmp_path)
+    # Unlimited-OCR's language model without experts is Llama's.
+    change_config(
+        tmp_path,
+        architectures=["DeepseekForCausalLM"],
+        rswa_window=window,
+        n_routed_experts=1,  # in no layer
+        first_k_dense_replace=SHAPE["num_hidden_layers"],
+        moe_layer_freq=1,
+    )
+    prompts = random_prompts(20, 5)
+
+    def visible(query: torch.Tensor, key: torch.Tensor, prompt: int) -> torch.Tensor:
+        return (key < prompt) | (query - key < window)
+
+    expected = expected_with_mask(model, prompts, count, visible)
+    assert expected_tokens(model, prompts, count) != expected
+    with engine(
+        str(tmp_path), max_num_batched_tokens=24, enable_prefix_caching=False
+    ) as llm:
+        assert generate(llm, prompts, count) == expected
+
+
+def test_chunks_with_lookback(tmp_path: Path) -> None:
+    """Rnj-1: tokens see their chunk and the one before; other layers see all."""
+    if "Rnj1ForCausalLM" not in ModelRegistry.get_supported_archs():
+        pytest.skip("this release has no Rnj-1")
+    layer_types = ["chunked_attention", "full_attention"]
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config = transformers.Gemma3TextConfig(
+        **GEMMA
+        | {
+            "layer_types": layer_types,
+            "rope_parameters": dict.fromkeys(layer_types, rope),
+        }
+    )
+    model = save(transformers.Gemma3ForCausalLM, config, tmp_path)
+    change_config(tmp_path, architectures=["Rnj1ForCausalLM"])
+    prompts = random_prompts(*PROMPT_LENGTHS)
+    chunk = WINDOW // 2
+
+    def visible(query: torch.Tensor, key: torch.Tensor, prompt: int) -> torch.Tensor:
+        return query // chunk - key // chunk <= 1
+
+    def in_window(query: torch.Tensor, key: torch.Tensor, prompt: int) -> torch.Tensor:
+        return query - key < WINDOW
+
+    expected, windowed = (
+        expected_with_mask(model, prompts, NUM_TOKENS, rule, layer_types[0])
+        for rule in (visible, in_window)
+    )
+    assert windowed != expected
+    with engine(str(tmp_path), max_num_batched_tokens=48) as llm:
+        assert generate(llm, prompts, NUM_TOKENS) == expected
 
 
 # ---- Whisper: the decoder attends to itself and to an encoder

@@ -60,9 +60,9 @@ def test_sentence_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     attention, shapes = conch_attn.varlen_attention, []
 
-    def recording_attention(query, *args, causal, **kwargs) -> None:
+    def recording_attention(query, *args, causal, **kwargs):
         shapes.append((query.shape[0], causal))
-        attention(query, *args, causal=causal, **kwargs)
+        return attention(query, *args, causal=causal, **kwargs)
 
     monkeypatch.setattr(conch_attn, "varlen_attention", recording_attention)
     llm = vllm.LLM(

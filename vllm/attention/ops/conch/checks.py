@@ -111,7 +111,8 @@ def check_scale(
             name,
             f"{spec.dtype} of shape {list(spec.shape)}",
             "a torch.float32 tensor of one element",
-            "Scales per head or per channel are not supported.",
+            "Scales per head or per channel are not supported; those of a cache may be"
+            " per token and head.",
         )
     check_device(name, spec, reference_name, reference)
 

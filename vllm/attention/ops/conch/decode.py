@@ -13,6 +13,7 @@ the keys (FlashDecoding, Dao et al. 2023), so results do not depend on timing.
 
 from vllm.triton_utils import tl, triton
 
+from .kv_format import in_elements
 from .limits import first_seen_key, row_limits
 from .tile import (
     attend_tiles,
@@ -21,6 +22,7 @@ from .tile import (
     load_slopes,
     query_rows,
     row_offsets,
+    scales_of_head,
     start_state,
     whole,
     write_rows,
@@ -176,7 +178,7 @@ def decode_kernel(
     partial_sum_ptr,
     arrivals_ptr,  # [num_workers], zero between launches
     q_scale_ptr,  # [1] or None
-    k_scale_ptr,
+    k_scale_ptr,  # [1] or None; with strides [num_blocks, block_size, num_kv_heads]
     v_scale_ptr,
     sinks_ptr,  # [num_query_heads] or None
     slopes_ptr,  # [num_query_heads] fp32, or None
@@ -189,6 +191,7 @@ def decode_kernel(
     query_strides,
     key_strides,  # (page, slot, head)
     value_strides,
+    scale_strides,  # those of k_scale and of v_scale, as above; None: they are [1]
     block_table_stride,
     scale,  # softmax scale in log2 units; with softcap: the cap in log2 units
     cap_scale,  # softcap's inner scale
@@ -203,6 +206,10 @@ def decode_kernel(
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     PAIRED_VALUES: tl.constexpr,
+    KV_FORMAT: tl.constexpr,
+    WIDENING: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,  # elements that strides of K and V are given in
+    VALUE_OFFSET: tl.constexpr,  # of V behind K in a page of both; None: elsewhere
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -232,9 +239,14 @@ def decode_kernel(
     line = piece * tiles_per_piece  # where this worker is on its line of tiles
 
     layer_scales, v_scale = load_scales(
-        q_scale_ptr, k_scale_ptr, v_scale_ptr, (scale, cap_scale), SOFTCAP
-    )
+        q_scale_ptr, k_scale_ptr, v_scale_ptr, scale_strides, (scale, cap_scale),
+        SOFTCAP,
+    )  # fmt: skip
     dims = tl.arange(0, HEAD_PADDED)
+    key_strides = in_elements(key_strides, STRIDE_UNIT)
+    value_strides = in_elements(value_strides, STRIDE_UNIT)
+    if VALUE_OFFSET is not None:
+        value_ptr = key_ptr + VALUE_OFFSET
 
     while remaining > 0:
         first_key = first_seen_key(
@@ -268,7 +280,13 @@ def decode_kernel(
                 CAUSAL, WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW,
             )  # fmt: skip
         sight = (window, slopes, limits)
-        state = start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
+        if scale_strides is None:
+            token_scales: tl.constexpr = None
+        else:
+            token_scales = scales_of_head(
+                k_scale_ptr, v_scale_ptr, scale_strides, kv_head
+            )
+        state = start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES, KV_FORMAT)
         head_keys = key_ptr + kv_head.to(tl.int64) * key_strides[2]
         head_values = value_ptr + kv_head.to(tl.int64) * value_strides[2]
         block_row = block_table_ptr + sequence.to(tl.int64) * block_table_stride
@@ -277,11 +295,12 @@ def decode_kernel(
             state, query, position, head_keys, head_values,
             key_strides, value_strides, block_row,
             (begin, begin + num_tiles), (first_key, seq_len), scales, sight, None,
-            CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
+            token_scales, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
             TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
+            KV_FORMAT, WIDENING,
         )  # fmt: skip
 
-        acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
+        acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES, KV_FORMAT)
         if num_tiles == row_tiles:
             write_rows(
                 target, acc, row_max, row_sum, v_scale,

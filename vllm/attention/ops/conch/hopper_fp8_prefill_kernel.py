@@ -32,17 +32,11 @@ A tile of V past the sequence's end is cleared while it is turned around: e4m3 h
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
 from triton.language.core import _aggregate as aggregate
 
 from .hopper_prefill_kernel import (
     cap_scores,
+    first_max,
     lane_sums,
     load_page_ids,
     mask_scores,
@@ -53,10 +47,15 @@ from .hopper_tiles import (
     MASK_LOWER,
     MASK_UPPER,
     Batch,
+    fence_async_shared,
     load_item,
     make_barriers,
+    mbarrier,
     tile_range,
+    tma,
     unmasked_range,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
 
 LN2 = gl.constexpr(0.6931471805599453)
@@ -587,6 +586,20 @@ def consume_tile(
 
 
 @gluon.jit
+def join_sinks(cfg, sinks, item, CONSUMER: gl.constexpr, row_max, row_sum):
+    """A row's maximum and sum with its head's sink, and the factor for what was summed
+    before. They join last: a large sink costs probabilities none of their bits."""
+    if sinks is None:
+        return 1.0, row_max, row_sum
+    else:
+        sink = first_max(cfg, sinks, item, CONSUMER)
+        new_max = gl.maximum(row_max, sink)
+        base = gl.where(new_max == float("-inf"), 0.0, new_max)
+        weight = gl.exp2(row_max - base)
+        return weight, new_max, row_sum * weight + gl.exp2(sink - base + P_SHIFT)
+
+
+@gluon.jit
 def store_rows(cfg, batch, item, FIRST_ROW: gl.constexpr, acc, factor):
     """Write a consumer's rows that are queries of the sequence, times factor: [64].
     acc: PANELS times [64, PANEL], the columns in the order of `turn_tile`"""
@@ -631,8 +644,8 @@ def store_lse(cfg, batch, lse, item, FIRST_ROW: gl.constexpr, row_max, row_sum):
 
 @gluon.jit
 def attend(
-    cfg, batch, rings, lse, v_scale, CONSUMER: gl.constexpr, item, begin, end, count,
-    turn,
+    cfg, batch, rings, lse, sinks, v_scale, CONSUMER: gl.constexpr, item, begin, end,
+    count, turn,
 ):  # fmt: skip
     """A consumer's rows of an item. Returns its next item, and the count of key tiles
     used so far."""
@@ -662,7 +675,8 @@ def attend(
     mbarrier.arrive(rings.q_free.index(CONSUMER))
     next_item = load_item(cfg, batch, turn)
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, cfg.S_LAYOUT))
-    factor = gl.where(row_sum > 0.0, v_scale / row_sum, 0.0)
+    weight, row_max, row_sum = join_sinks(cfg, sinks, item, CONSUMER, row_max, row_sum)
+    factor = gl.where(row_sum > 0.0, weight * v_scale / row_sum, 0.0)
     store_rows(cfg, batch, item, FIRST_ROW, acc, factor)
     if lse is not None:
         store_lse(cfg, batch, lse, item, FIRST_ROW, row_max, row_sum)
@@ -685,7 +699,7 @@ def pass_over(cfg, rings, count, tiles):
 
 
 @gluon.jit
-def consumer(cfg, batch, rings, lse, v_scale, CONSUMER: gl.constexpr):
+def consumer(cfg, batch, rings, lse, sinks, v_scale, CONSUMER: gl.constexpr):
     FIRST_ROW: gl.constexpr = CONSUMER * CONSUMER_ROWS
     turn = 0
     count = 0  # key tiles used so far
@@ -697,8 +711,9 @@ def consumer(cfg, batch, rings, lse, v_scale, CONSUMER: gl.constexpr):
         turn += 1
         if first_token < item.query_len:
             item, count = attend(
-                cfg, batch, rings, lse, v_scale, CONSUMER, item, begin, end, count, turn
-            )
+                cfg, batch, rings, lse, sinks, v_scale, CONSUMER, item, begin, end,
+                count, turn,
+            )  # fmt: skip
         else:
             mbarrier.arrive(rings.q_free.index(CONSUMER))
             count = pass_over(cfg, rings, count, end - begin)
@@ -721,11 +736,13 @@ def load_scale(pointer):
     do_not_specialize=["max_items", "long_seq", "block_table_stride", "window"],
 )
 def hopper_fp8_prefill_kernel(
+    max_items,
     q_desc,  # [num_tokens, num_query_heads, HEAD_SIZE], box [64 / PACK, PACK, PANEL]
     k_desc,  # [num_blocks, PAGE, num_kv_heads, HEAD_SIZE], box [1, BOX, 1, PANEL]
     v_desc,  # like k_desc
     output,
     lse,
+    sinks,
     work,
     block_table,
     q_scale,
@@ -733,7 +750,6 @@ def hopper_fp8_prefill_kernel(
     v_scale,
     output_token_stride,
     output_head_stride,
-    max_items,
     long_seq,
     block_table_stride,
     scale_log2,
@@ -772,8 +788,8 @@ def hopper_fp8_prefill_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consumer, (cfg, batch, rings, lse, out_scale, 0)),
-                (consumer, (cfg, batch, rings, lse, out_scale, 1)),
+                (consumer, (cfg, batch, rings, lse, sinks, out_scale, 0)),
+                (consumer, (cfg, batch, rings, lse, sinks, out_scale, 1)),
                 (transposer, (cfg, batch, rings)),
                 (producer, (cfg, batch, rings, q_desc, k_desc, v_desc)),
             ],
@@ -783,9 +799,9 @@ def hopper_fp8_prefill_kernel(
     else:
         gl.warp_specialize(
             [
-                (consumer, (cfg, batch, rings, lse, out_scale, 0)),
-                (consumer, (cfg, batch, rings, lse, out_scale, 1)),
-                (consumer, (cfg, batch, rings, lse, out_scale, 2)),
+                (consumer, (cfg, batch, rings, lse, sinks, out_scale, 0)),
+                (consumer, (cfg, batch, rings, lse, sinks, out_scale, 1)),
+                (consumer, (cfg, batch, rings, lse, sinks, out_scale, 2)),
                 (transposer, (cfg, batch, rings)),
                 (producer, (cfg, batch, rings, q_desc, k_desc, v_desc)),
             ],

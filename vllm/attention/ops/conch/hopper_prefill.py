@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from vllm.triton_utils import triton
 
+from .checks import TensorSpec, signature
+from .launch import Launch
+
 CAPABILITY = (9, 0)
 TRITON_VERSIONS = ("3.6.",)  # Gluon has no stable interface: what was tested
-HEAD_SIZES = range(40, 257, 8)  # 8: TMA's strides; smaller ones waste half the tile
+HEAD_SIZES = range(40, 513, 8)  # 8: TMA's strides; smaller ones waste half the tile
 DTYPES = (torch.bfloat16, torch.float16)
 SINK_DTYPES = (*DTYPES, torch.float32)
 CONSUMER_ROWS = 64
@@ -35,10 +38,12 @@ LOG2E = 1.4426950408889634
 class HopperConfig:
     """Tile and pipeline of a kernel."""
 
-    consumers: int  # warpgroups of 64 rows
+    consumers: int  # of 64 rows each
     block_n: int  # keys a tile
     stages: int  # tiles of K, and of V, in flight
+    warpgroups: int = 1  # of a consumer, which share its columns
     narrow_p: bool = False  # probabilities go around the loop in 16 bits, not 32
+    turns: bool = False  # two consumers take exponentials in turns
     softcap: str = "approx"  # tanh by the hardware's, or exactly by "exp2"
     row_block: int | None = None  # see `rows_by_head`
     q_stages: int = 1  # query tiles in flight
@@ -49,20 +54,23 @@ class HopperConfig:
         return CONSUMER_ROWS * self.consumers
 
 
-# By head size, padded. Measured on an H200, causal, 8k tokens, pages of 128: 470, 706
-# and 740 TFLOP/s. Tiles of 64 keys: 600 at 128. Three consumers: 461 at 64, 553 at 128.
+# By head size, padded. Measured on an H200, causal, 8k tokens, pages of 128: 484, 669,
+# 680 and 450 TFLOP/s. At 64 without turns 463, and 464 with two stages and fp32
+# besides; over 32k 487, 458 and 454. At 128 probabilities in 16 bits 629, in turns
+# besides 609, tiles of 64 keys 0.9 times as fast; at 512 with K held as long as V 366.
 CONFIGS = {
-    64: HopperConfig(consumers=2, block_n=128, stages=2),
+    64: HopperConfig(consumers=2, block_n=128, stages=3, narrow_p=True, turns=True),
     128: HopperConfig(consumers=2, block_n=128, stages=2),
     256: HopperConfig(consumers=2, block_n=64, stages=2, narrow_p=True),
+    512: HopperConfig(consumers=1, block_n=64, stages=1, warpgroups=2),
 }
+# Largest softcap with which powers of two of the logits themselves, up to 2^72, leave
+# sums in fp32 and probabilities in bf16 all their bits. With a softcap of 30, measured
+# as above at 128: 605 TFLOP/s, 585 without 16 bits, 531 with maxima.
+MAX_BOUND = 50.0
 # Bytes of K and V that all heads of one query tile read, from which heads are done
 # one after the other: L2 has 50 MiB.
 LONG_SEQUENCE_BYTES = 48 * 2**20
-
-
-# Compiled kernels by what `hopper_prefill` says of a call.
-VARIANTS: dict[tuple, Any] = {}
 
 
 @lru_cache
@@ -128,14 +136,13 @@ def describe(
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     base = SimpleNamespace(dtype=dtype, data_ptr=lambda: address)
-    layout = NVMMASharedLayout(128, 16, rank=len(box))
+    swizzled = box[-1] * dtype.itemsize
+    layout = NVMMASharedLayout(swizzled, 8 * dtype.itemsize, rank=len(box))
     return TensorDescriptor(base, list(shape), list(strides), list(box), layout)
 
 
 def describe_tensor(tensor: torch.Tensor, box: tuple[int, ...]):
-    return describe(
-        tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), box
-    )
+    return describe(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), box)
 
 
 @lru_cache
@@ -183,6 +190,79 @@ def check_sinks(sinks: torch.Tensor, query: torch.Tensor) -> None:
         )
 
 
+class HopperLaunch(NamedTuple):
+    """A launch, and the boxes in which it reads queries and pages through TMA.
+
+    What varies: the number of work items, and descriptors of query, keys and values.
+    """
+
+    launch: Launch
+    query_box: tuple[int, ...]
+    page_box: tuple[int, ...]
+
+
+def plan_launch(
+    query: TensorSpec,
+    key_cache: TensorSpec,
+    output: TensorSpec,
+    block_table: TensorSpec,
+    *,
+    pack: int,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    softcap: float,
+    config: HopperConfig | None = None,
+) -> HopperLaunch:
+    """Plans what `hopper_prefill` launches, with the tensors output, output_lse, sinks,
+    work and block_table. Arguments as there."""
+    from .hopper_prefill_kernel import hopper_prefill_kernel
+
+    _, block_size, num_kv_heads, head_size = key_cache.shape
+    num_query_heads = query.shape[1]
+    config = config or CONFIGS[max(64, triton.next_power_of_2(head_size))]
+    group = num_query_heads // num_kv_heads
+    row_block = config.row_block
+    if row_block is None:
+        row_block = rows_by_head(group, pack, sliding_window is not None)
+    bounded = 0 < softcap <= MAX_BOUND and query.dtype == torch.bfloat16
+    launch = Launch(
+        hopper_prefill_kernel,
+        (num_programs(query.device),),
+        (
+            *output.strides[:2],
+            LONG_SEQUENCE_BYTES // (4 * head_size * num_kv_heads),
+            block_table.strides[0],
+            (softcap or scale) * LOG2E,
+            scale / softcap if softcap else 0.0,
+            sliding_window or 0,
+        ),
+        dict(
+            HEAD_SIZE=head_size,
+            BLOCK_N=config.block_n,
+            PAGE=block_size,
+            GROUP=group,
+            PACK=pack,
+            HEAD_TILES=num_query_heads // pack,
+            CONSUMERS=config.consumers,
+            WARPGROUPS=config.warpgroups,
+            STAGES=config.stages,
+            CAUSAL=causal,
+            WINDOWED=sliding_window is not None,
+            WIDE_WINDOW=(sliding_window or 0) >= CONSUMER_ROWS + config.block_n,
+            SOFTCAP=config.softcap if softcap else None,
+            BOUNDED=bounded,
+            NARROW_P=config.narrow_p or bounded,
+            TURNS=config.turns,
+            ROW_BLOCK=row_block,
+            Q_STAGES=config.q_stages,
+            num_warps=4 * config.warpgroups,
+        ),
+    )
+    page_box = (1, min(block_size & -block_size, config.block_n), 1, PANEL)
+    return HopperLaunch(launch, (CONSUMER_ROWS // pack, pack, PANEL), page_box)
+
+
 def hopper_prefill(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -201,6 +281,8 @@ def hopper_prefill(
     config: HopperConfig | None = None,
 ) -> None:
     """Attention of the queries on a work list to their sequences' paged keys.
+
+    Plans its launch anew in every call, unlike `varlen_attention`.
 
     Args:
         query: [num_tokens, num_query_heads, head_size], bf16 or fp16.
@@ -227,71 +309,32 @@ def hopper_prefill(
             output_lse.
         config: tile and pipeline, default by head size.
     """
-    from .hopper_prefill_kernel import hopper_prefill_kernel
-
-    _, block_size, num_kv_heads, head_size = key_cache.shape
-    num_query_heads = query.shape[1]
     for name, tensor in (
         ("query", query), ("key_cache", key_cache), ("value_cache", value_cache)
     ):  # fmt: skip
         check_alignment(name, tensor)
     if sinks is not None:
         check_sinks(sinks, query)
-    config = config or CONFIGS[max(64, triton.next_power_of_2(head_size))]
-    group = num_query_heads // num_kv_heads
-    row_block = config.row_block
-    if row_block is None:
-        row_block = rows_by_head(group, pack, sliding_window is not None)
-    box = (1, min(block_size & -block_size, config.block_n), 1, PANEL)
-    constants = dict(
-        HEAD_SIZE=head_size,
-        BLOCK_N=config.block_n,
-        PAGE=block_size,
-        GROUP=group,
-        PACK=pack,
-        HEAD_TILES=num_query_heads // pack,
-        CONSUMERS=config.consumers,
-        STAGES=config.stages,
-        CAUSAL=causal,
-        WINDOWED=sliding_window is not None,
-        WIDE_WINDOW=(sliding_window or 0) >= CONSUMER_ROWS + config.block_n,
-        SOFTCAP=config.softcap if softcap else None,
-        NARROW_P=config.narrow_p,
-        ROW_BLOCK=row_block,
-        Q_STAGES=config.q_stages,
+    specs = (TensorSpec(*signature(t)) for t in (query, key_cache, output, block_table))
+    hopper = plan_launch(
+        *specs,
+        pack=pack,
+        scale=scale,
+        causal=causal,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        config=config,
     )
-    arguments = (
-        describe_tensor(query, (CONSUMER_ROWS // pack, pack, PANEL)),
-        describe_tensor(key_cache, box),
-        describe_tensor(value_cache, box),
+    hopper.launch(
         output,
         output_lse,
         sinks,
         work,
         block_table,
-        output.stride(0),
-        output.stride(1),
-        work.shape[0],
-        LONG_SEQUENCE_BYTES // (4 * head_size * num_kv_heads),
-        block_table.stride(0),
-        (softcap or scale) * LOG2E,
-        scale / softcap if softcap else 0.0,
-        sliding_window or 0,
+        varying=(
+            work.shape[0],
+            describe_tensor(query, hopper.query_box),
+            describe_tensor(key_cache, hopper.page_box),
+            describe_tensor(value_cache, hopper.page_box),
+        ),
     )
-    # All that Triton distinguishes variants by; looking for itself takes it longer.
-    variant = (
-        query.device,
-        query.dtype,
-        tuple(None if t is None else t.data_ptr() % 16 == 0 for t in arguments[3:8]),
-        None if sinks is None else sinks.dtype,
-        arguments[8:10],
-        tuple(constants.values()),
-    )
-    grid = (num_programs(query.device), 1, 1)
-    compiled = VARIANTS.get(variant)
-    if compiled is None:
-        VARIANTS[variant] = hopper_prefill_kernel[grid](
-            *arguments, **constants, num_warps=4
-        )
-    else:
-        compiled[grid](*arguments, *constants.values())

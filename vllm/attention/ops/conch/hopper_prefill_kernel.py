@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The Gluon kernel of `hopper_prefill`: one producer warp, two or three consumer
-warpgroups, persistent over a work list.
+warpgroups, persistent over a work list. With heads above 256 two warpgroups are one
+consumer, which keeps half of the columns in each.
 
 Every consumer owns 64 rows of a query tile and keeps their scores, probabilities
 and output in registers. Its loop over key tiles, last tile first, is pipelined by
 one: Q.K of a tile is issued together with P.V of the tile before it, and the softmax
 of the new scores runs while the tensor cores still work on P.V, its own or that of
-another consumer. Making the consumers take turns, as FlashAttention-3 does, was slower
-at every head size but 256 (1% faster there). The producer follows the block table and
-feeds K and V through two rings of shared memory with TMA, already for the next item
-while this one is being finished.
+another consumer. With heads of 64, whose tiles keep the exponential unit as busy as the
+tensor cores, two consumers take exponentials in turns; with larger ones that is slower.
+The producer follows the block table and feeds K and V through two rings of shared
+memory with TMA, already for the next item while this one is being finished.
 
 The schedule (asynchronous pairs of products, setmaxnreg) is that of
 FlashAttention-3, https://arxiv.org/abs/2407.08608; the code is not.
@@ -18,13 +19,6 @@ FlashAttention-3, https://arxiv.org/abs/2407.08608; the code is not.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
 
 from .hopper_tiles import (
     CONSUMER_ROWS,
@@ -33,11 +27,18 @@ from .hopper_tiles import (
     PANEL,
     Batch,
     Config,
+    fence_async_shared,
     load_item,
     make_rings,
+    mbarrier,
+    ring_phase,
+    ring_slot,
     tile_range,
+    tma,
     unmasked_range,
     visible_keys,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
 
 LN2 = gl.constexpr(0.6931471805599453)
@@ -73,7 +74,7 @@ def load_tile(cfg, desc, ring, full, free, count, pages, last_page, kv_head, til
     """Fetch key tile `tile` into the ring's next slot, one TMA box per page piece
     and panel. Columns past the head are 0 in the last panel and unset after it, where
     they only reach output columns that are not stored."""
-    slot = count % cfg.STAGES
+    slot = ring_slot(cfg, count)
     PANELS: gl.constexpr = cfg.PADDED // PANEL
     LOADED: gl.constexpr = (cfg.HEAD_SIZE + PANEL - 1) // PANEL
     BOXES: gl.constexpr = cfg.BLOCK_N // cfg.BOX
@@ -83,7 +84,7 @@ def load_tile(cfg, desc, ring, full, free, count, pages, last_page, kv_head, til
     )
     first_key = tile * cfg.BLOCK_N
     page_ids = load_page_ids(cfg, pages, last_page, first_key)  # before the wait
-    mbarrier.wait(free.index(slot), (count // cfg.STAGES) % 2 ^ 1)
+    mbarrier.wait(free.index(slot), ring_phase(cfg, count) ^ 1)
     mbarrier.expect(full.index(slot), tile_bytes)
     for box in gl.static_range(BOXES):
         key = first_key + box * cfg.BOX
@@ -126,18 +127,19 @@ def load_queries(cfg, rings, q_desc, item, turn):
 def producer(cfg, batch, rings, q_desc, k_desc, v_desc):
     """Feed K of a tile before V of the tile after it: the order of use."""
     turn = 0
-    count = 0  # key tiles fetched so far
+    count = gl.to_tensor(0).to(gl.uint32)  # key tiles fetched so far
     item = load_item(cfg, batch, turn)
     while item.seq >= 0:
         begin, end = tile_range(cfg, batch, item)
         kv_head = item.head_tile * cfg.PACK // cfg.GROUP
         pages = batch.block_table + item.seq.to(gl.int64) * batch.block_table_stride
         last_page = gl.maximum(item.seq_len - 1, 0) // cfg.PAGE
-        load_queries(cfg, rings, q_desc, item, turn)
         load_tile(
             cfg, k_desc, rings.k, rings.k_full, rings.k_free, count, pages, last_page,
             kv_head, end - 1,
         )  # fmt: skip
+        # Second, as its place may be in use until the item before ends.
+        load_queries(cfg, rings, q_desc, item, turn)
         for tile in range(end - 2, begin - 1, -1):
             load_tile(
                 cfg, k_desc, rings.k, rings.k_full, rings.k_free, count + 1, pages,
@@ -192,20 +194,37 @@ def cap_scores(cfg, batch, s):
         return s
 
 
-@gluon.jit
-def to_operand(cfg, p, dtype: gl.constexpr):
-    """Probabilities as the left operand of P.V: no data moves between threads."""
-    return gl.convert_layout(p.to(dtype), cfg.P_LAYOUT)
+@gluon.constexpr_function
+def pair_asm(dtype):
+    return f"cvt.rn.{'bf16' if dtype == gl.bfloat16 else 'f16'}x2.f32 $0, $2, $1;"
 
 
 @gluon.jit
 def carried(cfg, p, dtype: gl.constexpr):
-    """Probabilities as they go around the loop: fp32 spares packing and unpacking,
-    16 bits spare registers."""
+    """Probabilities as they go around the loop: in fp32, or to spare registers in 16
+    bits, two neighbours to a word. As plain tensors of 16 bits they would be taken
+    apart and put together again.  p: [64, BLOCK_N] fp32"""
     if cfg.NARROW_P:
-        return p.to(dtype)
+        ASM: gl.constexpr = pair_asm(dtype)
+        even, odd = gl.split(p.reshape([CONSUMER_ROWS, cfg.BLOCK_N // 2, 2]))
+        return gl.inline_asm_elementwise(
+            ASM, "=r,f,f", [even, odd], gl.int32, is_pure=True, pack=1
+        )
     else:
         return p
+
+
+@gluon.jit
+def to_operand(cfg, p, dtype: gl.constexpr):
+    """What is `carried` as the left operand of P.V: no data moves between threads."""
+    if cfg.NARROW_P:
+        p = gl.join(p, gl.zeros_like(p)).reshape([CONSUMER_ROWS, cfg.BLOCK_N])
+        p = gl.inline_asm_elementwise(
+            "or.b32 $0, $1, $2;", "=r,r,r", [p], dtype.value, is_pure=True, pack=2
+        )
+    else:
+        p = p.to(dtype)
+    return gl.convert_layout(p, cfg.P_LAYOUT)
 
 
 @gluon.constexpr_function
@@ -246,19 +265,28 @@ def mask_scores(cfg, batch, item, s, FIRST_ROW: gl.constexpr, tile, MASK: gl.con
 
 
 @gluon.jit
-def softmax_step(cfg, s, row_max, scale_log2, MASKED: gl.constexpr):
-    """Probabilities of a tile against the running maximum, both in powers of two.
+def running_max(cfg, s, row_max, scale_log2):
+    """Maximum of the rows so far, in powers of two. BOUNDED logits are small enough to
+    do without: 0 stands for it.  s: [64, BLOCK_N], row_max: [64]"""
+    if cfg.BOUNDED:
+        return gl.zeros_like(row_max)
+    else:
+        return gl.maximum(row_max, gl.max(s, 1) * scale_log2)
 
-    Returns p: [64, BLOCK_N] fp32, the factor for what was summed before: [64], the
-    new maximum: [64].
-    """
-    new_max = gl.maximum(row_max, gl.max(s, 1) * scale_log2)
-    base = new_max
-    if MASKED:
-        # A row that has seen no key yet: exp2(-inf - 0) = 0, not NaN.
-        base = gl.where(new_max == float("-inf"), 0.0, new_max)
-    p = gl.exp2(s * scale_log2 - gl.expand_dims(base, 1))
-    return p, gl.exp2(row_max - base), new_max
+
+@gluon.jit
+def probabilities(cfg, s, row_max, new_max, scale_log2, MASKED: gl.constexpr):
+    """Probabilities of a tile against the new maximum: [64, BLOCK_N] fp32, and the
+    factor for what was summed against the one before: [64]."""
+    if cfg.BOUNDED:
+        return gl.exp2(s * scale_log2), gl.full_like(row_max, 1.0)
+    else:
+        base = new_max
+        if MASKED:
+            # A row that has seen no key yet: exp2(-inf - 0) = 0, not NaN.
+            base = gl.where(new_max == float("-inf"), 0.0, new_max)
+        p = gl.exp2(s * scale_log2 - gl.expand_dims(base, 1))
+        return p, gl.exp2(row_max - base)
 
 
 @gluon.jit
@@ -266,7 +294,7 @@ def zero_rows(cfg, tile, first):
     """Clear rows [first, BLOCK_N) of a V tile: a probability of 0 does not silence
     a NaN that an unused slot may hold.  tile: [BLOCK_N, PADDED]"""
     ROWS: gl.constexpr = 16
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, cfg.WARPGROUPS], [1, 0])
     for start in gl.static_range(0, cfg.BLOCK_N, ROWS):
         if start + ROWS > first:
             part = tile.slice(start, ROWS)
@@ -278,52 +306,91 @@ def zero_rows(cfg, tile, first):
 
 @gluon.jit
 def lane_sums(cfg, p):
-    """Sums of the columns that a lane has: those of a row's four lanes are added only
-    at the item's end.  p: [64, BLOCK_N], returns [64, 4]"""
-    return gl.sum(gl.sum(p.reshape([CONSUMER_ROWS, cfg.BLOCK_N // 8, 4, 2]), 3), 1)
+    """Sums of the columns that a lane has: those of a row's lanes, four of each
+    warpgroup, are added only at the item's end.
+
+    p: [64, BLOCK_N], returns [64, LANES].
+    """
+    GROUPS: gl.constexpr = cfg.S_LAYOUT.warps_per_cta[1]
+    p = p.reshape([CONSUMER_ROWS, GROUPS, cfg.BLOCK_N // GROUPS // 8, 4, 2])
+    return gl.sum(gl.sum(p, 4), 2).reshape([CONSUMER_ROWS, GROUPS * 4])
 
 
 @gluon.jit
 def per_row(values, like):
-    """values: [64], in the layout of like: [64, 4]"""
+    """values: [64], in the layout of like: [64, LANES]"""
     LAYOUT: gl.constexpr = gl.SliceLayout(1, like.type.layout)
     return gl.expand_dims(gl.convert_layout(values, LAYOUT), 1)
 
 
 @gluon.jit
+def await_turn(rings, CONSUMER: gl.constexpr, number):
+    """Until the other consumer has passed on what is this one's turn `number`."""
+    mbarrier.wait(rings.turns.index(CONSUMER), (number + 1 - CONSUMER) % 2)
+
+
+@gluon.jit
+def here(x):
+    """The same values, here: ptxas moves exponentials across barriers, but not what
+    makes or needs the values across this."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, 0, 0x1f, 0xffffffff;",
+        "=f,f",
+        [x],
+        gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def pass_turn(rings, CONSUMER: gl.constexpr):
+    mbarrier.arrive(rings.turns.index(1 - CONSUMER))
+
+
+@gluon.jit
 def consume_tile(
     cfg, batch, rings, item, CONSUMER: gl.constexpr, MASK: gl.constexpr,
-    q_slot, tile, count, acc, p, row_max, row_sum,
+    q_slot, tile, count, turn, acc, p, row_max, row_sum,
 ):  # fmt: skip
     """S of tile `tile` beside P.V of the tile before, then the softmax of S.
 
     acc: [64, PADDED] without the last tile, p: [64, BLOCK_N] of the last tile,
-    row_max: [64], row_sum: [64, 4] with it.
+    row_max: [64], row_sum: [64, LANES] with it.
     """
-    slot = count % cfg.STAGES
-    v_slot = (count - 1) % cfg.STAGES
-    v_phase = (count - 1) // cfg.STAGES % 2
-    mbarrier.wait(rings.k_full.index(slot), count // cfg.STAGES % 2)
+    slot = ring_slot(cfg, count)
+    v_slot = ring_slot(cfg, count - 1)
+    v_phase = ring_phase(cfg, count - 1)
+    mbarrier.wait(rings.k_full.index(slot), ring_phase(cfg, count))
     s = issue_scores(cfg, rings, q_slot, slot)
     operand = to_operand(cfg, p, rings.v.dtype)
     mbarrier.wait(rings.v_full.index(v_slot), v_phase)
     acc = warpgroup_mma(operand, rings.v.index(v_slot), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
-    mbarrier.arrive(rings.k_free.index(slot))
+    if cfg.STAGES == 1:
+        mbarrier.arrive(rings.k_free.index(slot))
     s = cap_scores(cfg, batch, s)
     if MASK:
         s = mask_scores(cfg, batch, item, s, CONSUMER * CONSUMER_ROWS, tile, MASK)
-    p_next, decay, row_max = softmax_step(cfg, s, row_max, batch.scale_log2, MASK)
+    new_max = running_max(cfg, s, row_max, batch.scale_log2)
+    if cfg.TURNS:  # one for each tile but an item's first
+        await_turn(rings, CONSUMER, count - turn)
+        new_max = here(new_max)
+    p_next, decay = probabilities(cfg, s, row_max, new_max, batch.scale_log2, MASK != 0)
     row_sum = row_sum * per_row(decay, row_sum) + lane_sums(cfg, p_next)
-    p_next = carried(cfg, p_next, rings.v.dtype)
-    # Passed long ago. It ends the basic block: ptxas would otherwise move the wait
-    # for P.V in front of the exponentials that are to run under it.
+    # Passed long ago. It ends the basic block: ptxas would otherwise move what follows
+    # in front of the exponentials, and P.V is to run under them.
     mbarrier.wait(rings.v_full.index(v_slot), v_phase)
+    if cfg.TURNS:
+        pass_turn(rings, CONSUMER)
     acc = warpgroup_mma_wait(0, deps=[acc])
+    p_next = carried(cfg, p_next, rings.v.dtype)
+    if cfg.STAGES > 1:  # one barrier of the warpgroup for both
+        mbarrier.arrive(rings.k_free.index(slot))
     mbarrier.arrive(rings.v_free.index(v_slot))
     decay = gl.convert_layout(decay, gl.SliceLayout(1, cfg.O_LAYOUT))
     acc = acc * gl.expand_dims(decay, 1)
-    return acc, p_next, row_max, row_sum
+    return acc, p_next, new_max, row_sum
 
 
 @gluon.jit
@@ -345,24 +412,25 @@ def first_tile(
     cfg, batch, rings, sinks, item, CONSUMER: gl.constexpr, q_slot, tile, count
 ):
     """Softmax of an item's last key tile, the only one that may reach beyond the
-    sequence's end.  Returns p: [64, BLOCK_N], row_max: [64], row_sum: [64, 4]"""
-    slot = count % cfg.STAGES
-    phase = count // cfg.STAGES % 2
+    sequence's end.  Returns p: [64, BLOCK_N], row_max: [64], row_sum: [64, LANES]"""
+    slot = ring_slot(cfg, count)
+    phase = ring_phase(cfg, count)
     mbarrier.wait(rings.k_full.index(slot), phase)
     s = issue_scores(cfg, rings, q_slot, slot)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(rings.k_free.index(slot))
     s = cap_scores(cfg, batch, s)
     s = mask_scores(cfg, batch, item, s, CONSUMER * CONSUMER_ROWS, tile, cfg.UPPER)
-    row_max = first_max(cfg, sinks, item, CONSUMER)
-    p, decay, row_max = softmax_step(cfg, s, row_max, batch.scale_log2, True)
+    start = first_max(cfg, sinks, item, CONSUMER)
+    row_max = running_max(cfg, s, start, batch.scale_log2)
+    p, decay = probabilities(cfg, s, start, row_max, batch.scale_log2, True)
     keys = item.seq_len - tile * cfg.BLOCK_N
     if keys < cfg.BLOCK_N:
         mbarrier.wait(rings.v_full.index(slot), phase)
         zero_rows(cfg, rings.v.index(slot), keys)
     row_sum = lane_sums(cfg, p)
-    if sinks is not None:  # the sink counts once: a quarter in each of four lanes
-        row_sum += 0.25 * per_row(decay, row_sum)
+    if sinks is not None:  # the sink counts once: in each lane its share
+        row_sum += per_row(decay, row_sum) / row_sum.shape[1]
     return carried(cfg, p, rings.v.dtype), row_max, row_sum
 
 
@@ -419,26 +487,26 @@ def attend(
     for tile in range(end - 2, full_end - 1, -1):
         count += 1
         acc, p, row_max, row_sum = consume_tile(
-            cfg, batch, rings, item, CONSUMER, cfg.UPPER, q_slot, tile, count, acc, p,
-            row_max, row_sum,
+            cfg, batch, rings, item, CONSUMER, cfg.UPPER, q_slot, tile, count, turn,
+            acc, p, row_max, row_sum,
         )  # fmt: skip
     for tile in range(full_end - 1, full_begin - 1, -1):
         count += 1
         acc, p, row_max, row_sum = consume_tile(
-            cfg, batch, rings, item, CONSUMER, 0, q_slot, tile, count, acc, p,
+            cfg, batch, rings, item, CONSUMER, 0, q_slot, tile, count, turn, acc, p,
             row_max, row_sum,
         )  # fmt: skip
     if cfg.WINDOWED:
         for tile in range(full_begin - 1, begin - 1, -1):
             count += 1
             acc, p, row_max, row_sum = consume_tile(
-                cfg, batch, rings, item, CONSUMER, MASK_LOWER, q_slot, tile, count, acc,
-                p, row_max, row_sum,
+                cfg, batch, rings, item, CONSUMER, MASK_LOWER, q_slot, tile, count,
+                turn, acc, p, row_max, row_sum,
             )  # fmt: skip
     mbarrier.arrive(rings.q_free.index(q_slot))
-    slot = count % cfg.STAGES
+    slot = ring_slot(cfg, count)
     next_item = load_item(cfg, batch, turn)  # its latency passes under P.V
-    mbarrier.wait(rings.v_full.index(slot), count // cfg.STAGES % 2)
+    mbarrier.wait(rings.v_full.index(slot), ring_phase(cfg, count))
     operand = to_operand(cfg, p, rings.v.dtype)
     acc = warpgroup_mma(operand, rings.v.index(slot), acc)
     mbarrier.arrive(rings.v_free.index(slot))
@@ -450,16 +518,19 @@ def attend(
 
 
 @gluon.jit
-def pass_over(cfg, rings, count, tiles):
+def pass_over(cfg, rings, CONSUMER: gl.constexpr, count, turn, tiles):
     """Give back key tiles that a consumer has no use for: all its rows are past the
     sequence's queries. Returns the count of key tiles used so far."""
-    for _ in range(tiles):
-        slot = count % cfg.STAGES
-        phase = count // cfg.STAGES % 2
+    for i in range(tiles):
+        slot = ring_slot(cfg, count)
+        phase = ring_phase(cfg, count)
         mbarrier.wait(rings.k_full.index(slot), phase)
         mbarrier.arrive(rings.k_free.index(slot))
         mbarrier.wait(rings.v_full.index(slot), phase)
         mbarrier.arrive(rings.v_free.index(slot))
+        if cfg.TURNS and i > 0:
+            await_turn(rings, CONSUMER, count - turn)
+            pass_turn(rings, CONSUMER)
         count += 1
     return count
 
@@ -468,7 +539,7 @@ def pass_over(cfg, rings, count, tiles):
 def consumer(cfg, batch, rings, lse, sinks, CONSUMER: gl.constexpr):
     FIRST_ROW: gl.constexpr = CONSUMER * CONSUMER_ROWS
     turn = 0
-    count = 0  # key tiles used so far
+    count = gl.to_tensor(0).to(gl.uint32)  # key tiles used so far
     item = load_item(cfg, batch, turn)
     while item.seq >= 0:
         begin, end = tile_range(cfg, batch, item)
@@ -483,7 +554,7 @@ def consumer(cfg, batch, rings, lse, sinks, CONSUMER: gl.constexpr):
             )  # fmt: skip
         else:
             mbarrier.arrive(rings.q_free.index(q_slot))
-            count = pass_over(cfg, rings, count, end - begin)
+            count = pass_over(cfg, rings, CONSUMER, count, turn, end - begin)
             item = load_item(cfg, batch, turn)
 
 
@@ -494,6 +565,7 @@ def consumer(cfg, batch, rings, lse, sinks, CONSUMER: gl.constexpr):
     do_not_specialize=["max_items", "long_seq", "block_table_stride", "window"],
 )
 def hopper_prefill_kernel(
+    max_items,
     q_desc,  # [num_tokens, num_query_heads, HEAD_SIZE], box [64 / PACK, PACK, 64]
     k_desc,  # [num_blocks, PAGE, num_kv_heads, HEAD_SIZE], box [1, BOX, 1, 64]
     v_desc,  # like k_desc
@@ -504,7 +576,6 @@ def hopper_prefill_kernel(
     block_table,
     output_token_stride,
     output_head_stride,
-    max_items,
     long_seq,
     block_table_stride,
     scale_log2,
@@ -517,19 +588,24 @@ def hopper_prefill_kernel(
     PACK: gl.constexpr,
     HEAD_TILES: gl.constexpr,
     CONSUMERS: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
     WINDOWED: gl.constexpr,
     WIDE_WINDOW: gl.constexpr,
     SOFTCAP: gl.constexpr,
+    BOUNDED: gl.constexpr,
     NARROW_P: gl.constexpr,
+    TURNS: gl.constexpr,
     ROW_BLOCK: gl.constexpr,
     Q_STAGES: gl.constexpr,
 ):
     BOX: gl.constexpr = k_desc.block_shape[1]
+    IS_BOUNDED: gl.constexpr = BOUNDED and sinks is None  # a sink may be any number
     cfg = Config(
-        HEAD_SIZE, BLOCK_N, PAGE, BOX, GROUP, PACK, HEAD_TILES, CONSUMERS, STAGES,
-        CAUSAL, WINDOWED, WIDE_WINDOW, SOFTCAP, NARROW_P, ROW_BLOCK, Q_STAGES,
+        HEAD_SIZE, BLOCK_N, PAGE, BOX, GROUP, PACK, HEAD_TILES, CONSUMERS, WARPGROUPS,
+        STAGES, CAUSAL, WINDOWED, WIDE_WINDOW, SOFTCAP, IS_BOUNDED, NARROW_P, TURNS,
+        ROW_BLOCK, Q_STAGES,
     )  # fmt: skip
     batch = Batch(
         output, output_token_stride, output_head_stride, work, max_items, long_seq,
@@ -538,7 +614,16 @@ def hopper_prefill_kernel(
     rings = make_rings(cfg, k_desc.dtype)
     # Three warpgroups share 504 registers a thread lane, four 512.
     CONSUMER_REGISTERS: gl.constexpr = 232 if cfg.PADDED == 64 else 240
-    if CONSUMERS == 2:
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (consumer, (cfg, batch, rings, lse, sinks, 0)),
+                (producer, (cfg, batch, rings, q_desc, k_desc, v_desc)),
+            ],
+            [1],
+            [24],  # what the consumer leaves: 240 for each of its threads
+        )
+    elif CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (consumer, (cfg, batch, rings, lse, sinks, 0)),

@@ -5,8 +5,14 @@ batch, and which query rows and key tiles a work item is made of."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.core import _aggregate as aggregate
+
+# Hopper's instructions, as attributes: a release may wrap Gluon's import, not these.
+fence_async_shared = gl.nvidia.hopper.fence_async_shared
+mbarrier = gl.nvidia.hopper.mbarrier
+tma = gl.nvidia.hopper.tma
+warpgroup_mma = gl.nvidia.hopper.warpgroup_mma
+warpgroup_mma_wait = gl.nvidia.hopper.warpgroup_mma_wait
 
 # Rows of one consumer: the M of a warpgroup's matrix instruction.
 CONSUMER_ROWS = gl.constexpr(64)
@@ -21,22 +27,26 @@ MASK_LOWER = gl.constexpr(2)
 
 
 @gluon.constexpr_function
-def wgmma_layout(columns):
-    """Accumulator of one warpgroup: [64, columns]."""
+def wgmma_layout(columns, warpgroups=1):
+    """Accumulator [64, columns] of one warpgroup, or of several side by side."""
     return gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16]
+        version=[3, 0],
+        warps_per_cta=[4, warpgroups],
+        instr_shape=[16, columns // warpgroups, 16],
     )
 
 
 @gluon.constexpr_function
-def store_layout(columns):
+def store_layout(columns, warpgroups=1):
     """The accumulator's layout with two column bits of lane and register exchanged:
     every thread has eight neighbouring columns, one 16-byte store."""
-    high = [[0, 1 << i] for i in range(5, columns.bit_length() - 1)]
+    bits = columns.bit_length() - 1
+    high = [[0, 1 << i] for i in range(5, bits)]
+    own = bits - 5 - (warpgroups.bit_length() - 1)
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0]] + high,
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0]] + high[:own],
         lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
+        warp_bases=[[16, 0], [32, 0]] + high[own:],
         block_bases=[],
         shape=[64, columns],
     )
@@ -59,7 +69,7 @@ def score_chunks(head_size):
         panels = (head_size + PANEL.value - 1) // PANEL.value
     chunks = []
     start = 0
-    for width in (4, 2, 1):
+    for width in (8, 4, 2, 1):
         if panels & width:
             chunks.append((start, width * PANEL.value))
             start += width * PANEL.value
@@ -82,12 +92,15 @@ class Config:
     PACK: gl.constexpr
     HEAD_TILES: gl.constexpr
     CONSUMERS: gl.constexpr
+    WARPGROUPS: gl.constexpr
     STAGES: gl.constexpr
     CAUSAL: gl.constexpr
     WINDOWED: gl.constexpr
     UPPER: gl.constexpr
     SOFTCAP: gl.constexpr
+    BOUNDED: gl.constexpr
     NARROW_P: gl.constexpr
+    TURNS: gl.constexpr
     ROW_BLOCK: gl.constexpr
     Q_STAGES: gl.constexpr
     BLOCK_M: gl.constexpr
@@ -108,12 +121,15 @@ class Config:
         pack,
         head_tiles,
         consumers,
+        warpgroups,
         stages,
         causal,
         windowed,
         wide_window,
         softcap,
+        bounded,
         narrow_p,
+        turns,
         row_block,
         q_stages,
     ):
@@ -128,6 +144,7 @@ class Config:
         self.PACK = gl.constexpr(pack)
         self.HEAD_TILES = gl.constexpr(head_tiles)
         self.CONSUMERS = gl.constexpr(consumers)
+        self.WARPGROUPS = gl.constexpr(warpgroups)
         self.STAGES = gl.constexpr(stages)
         self.CAUSAL = gl.constexpr(causal)
         self.WINDOWED = gl.constexpr(windowed)
@@ -139,17 +156,19 @@ class Config:
             else MASK_UPPER.value | MASK_LOWER.value
         )
         self.SOFTCAP = gl.constexpr(softcap)
+        self.BOUNDED = gl.constexpr(bounded)
         self.NARROW_P = gl.constexpr(narrow_p)
+        self.TURNS = gl.constexpr(turns)
         self.ROW_BLOCK = gl.constexpr(row_block)
         self.Q_STAGES = gl.constexpr(q_stages)
         self.BLOCK_M = gl.constexpr(64 * consumers)
-        self.S_LAYOUT = gl.constexpr(wgmma_layout(block_n))
-        self.O_LAYOUT = gl.constexpr(wgmma_layout(padded))
+        self.S_LAYOUT = gl.constexpr(wgmma_layout(block_n, warpgroups))
+        self.O_LAYOUT = gl.constexpr(wgmma_layout(padded, warpgroups))
         self.P_LAYOUT = gl.constexpr(
-            gl.DotOperandLayout(0, wgmma_layout(padded), k_width=2)
+            gl.DotOperandLayout(0, wgmma_layout(padded, warpgroups), k_width=2)
         )
         self.KV_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
-        self.STORE_LAYOUT = gl.constexpr(store_layout(padded))
+        self.STORE_LAYOUT = gl.constexpr(store_layout(padded, warpgroups))
 
 
 @aggregate
@@ -209,9 +228,10 @@ class Rings:
     k_free: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
     v_free: gl.shared_memory_descriptor
+    turns: gl.shared_memory_descriptor  # whose of two consumers it is; if TURNS
 
     @gluon.constexpr_function
-    def __init__(self, q, k, v, q_full, q_free, k_full, k_free, v_full, v_free):
+    def __init__(self, q, k, v, q_full, q_free, k_full, k_free, v_full, v_free, turns):
         self.q = q
         self.k = k
         self.v = v
@@ -221,6 +241,7 @@ class Rings:
         self.k_free = k_free
         self.v_full = v_full
         self.v_free = v_free
+        self.turns = turns
 
 
 @aggregate
@@ -268,7 +289,20 @@ def make_rings(cfg, dtype: gl.constexpr):
         make_barriers(cfg.STAGES, cfg.CONSUMERS),
         make_barriers(cfg.STAGES, 1),
         make_barriers(cfg.STAGES, cfg.CONSUMERS),
+        make_barriers(cfg.CONSUMERS, 1),
     )
+
+
+@gluon.jit
+def ring_slot(cfg, count):
+    """Where a ring has the tile number `count`, which is unsigned: remainders of signed
+    numbers take longer."""
+    return (count % cfg.STAGES).to(gl.int32)
+
+
+@gluon.jit
+def ring_phase(cfg, count):
+    return count // cfg.STAGES % 2
 
 
 @gluon.jit

@@ -7,6 +7,9 @@ longer than the launch itself.  A function that has already reduced its argument
 cached plan knows the variant: only the addresses are new.
 """
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +59,38 @@ def describe_pages(cache: torch.Tensor, slots: int, head_padded: int):
     return describe(cache.data_ptr(), cache.dtype, *layout)
 
 
+# Whether launches only have their variants compiled; see `compile_together`.
+compiles_only = False
+
+
+@contextmanager
+def compile_together(num_threads: int) -> Iterator[None]:
+    """Within it no `Launch` launches anything: variants are compiled, in parallel.
+
+    At the end all are in Triton's cache. An error of the compiler is left to the
+    launch that needs the variant. Where Triton cannot compile in parallel (before 3.5,
+    in the interpreter, and on AMD GPUs, where LLVM may abort) launches are as ever.
+    """
+    global compiles_only
+    in_parallel = (
+        num_threads > 1
+        and torch.version.cuda is not None
+        and hasattr(triton, "AsyncCompileMode")
+    )
+    if not in_parallel or compiles_only:
+        yield
+        return
+    with (
+        ThreadPoolExecutor(num_threads) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        compiles_only = True
+        try:
+            yield
+        finally:
+            compiles_only = False
+
+
 class Launch:
     """A launch with everything fixed but the contents and addresses of its tensors.
 
@@ -79,7 +114,7 @@ class Launch:
 
         Args:
             kernel: Function under `triton.jit` whose parameters are, in this order,
-                tensors, then descriptors, then `arguments`, then constants.
+                what varies, then tensors, then `arguments`, then constants.
             grid: Number of programs along up to three axes.
             arguments: Integers, floats and tuples of them.
             constants: Every constexpr parameter, and options such as num_warps.
@@ -89,6 +124,7 @@ class Launch:
         self.arguments = arguments
         self.constants = constants
         self.variants: dict[tuple, Any] = {}
+        self.submitted: set[tuple] = set()  # variants that `compile_together` compiles
         is_compiled = isinstance(kernel, triton.JITFunction)
         self.is_cacheable = is_compiled and torch.version.cuda is not None
         self.after_tensors = arguments + tuple(
@@ -98,40 +134,97 @@ class Launch:
     def __call__(
         self,
         *tensors: torch.Tensor | None,
-        descriptors: tuple = (),
+        varying: tuple = (),
         grid: tuple[int, int] | None = None,
     ) -> None:
         """Launches.
 
         Args:
             *tensors: of the kernel.
-            descriptors: of the kernel, each with the same dtype and box in all calls
-                of one object, or None.
+            varying: descriptors, each with the same dtype and box in all calls of one
+                object, or None; and integers for which no variant is made.
             grid: replaces that of the constructor.
         """
-        programs = self.grid if grid is None else (*grid, 1)
-        if not self.is_cacheable:
-            self.launch(programs, tensors + descriptors)
+        self.bind()(*tensors, varying=varying, grid=grid)
+
+    def bind(self, *tensors: torch.Tensor | None) -> "BoundLaunch":
+        """The launch with its last tensors given; calls give those before them."""
+        return BoundLaunch(self, tensors)
+
+    def launch(self, grid: tuple, arguments: tuple):
+        """Launches through Triton's own lookup; returns the compiled variant.
+
+        arguments: what varies, and the tensors.
+        """
+        return self.kernel[grid](*arguments, *self.arguments, **self.constants)
+
+    def compile(self, variant: tuple, arguments: tuple) -> None:
+        """Has a variant compiled; arguments: what varies, and the tensors."""
+        if variant not in self.submitted and variant not in self.variants:
+            self.submitted.add(variant)
+            every = (*arguments, *self.arguments)
+            self.kernel.warmup(*every, grid=self.grid, **self.constants)
+
+
+class BoundLaunch:
+    """A launch whose last tensors are the same in all calls."""
+
+    def __init__(self, launch: Launch, tensors: tuple[torch.Tensor | None, ...]):
+        self.launch = launch
+        self.tensors = tensors
+        self.addresses = [None if t is None else t.data_ptr() for t in tensors]
+        self.bits = 0  # that any of the addresses has
+        for address in self.addresses:
+            self.bits |= address or 0
+        self.tail = (*self.addresses, *launch.after_tensors)
+
+    def __call__(
+        self,
+        *tensors: torch.Tensor | None,
+        varying: tuple = (),
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        """Launches; arguments as those of `Launch.__call__`, without what is bound."""
+        launch = self.launch
+        programs = launch.grid if grid is None else (*grid, 1)
+        if not launch.is_cacheable:
+            launch.launch(programs, varying + tensors + self.tensors)
             return
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
         addresses = [None if t is None else t.data_ptr() for t in tensors]
-        bits = 0
+        bits = self.bits
         for address in addresses:
-            bits |= address or 0
+            if address is not None:
+                bits |= address
         alignment = None  # all aligned
         if bits % POINTER_ALIGNMENT:
-            alignment = tuple((a or 0) % POINTER_ALIGNMENT == 0 for a in addresses)
-        compiled = self.variants.get((device, alignment))
-        if compiled is None:
-            compiled = self.launch(programs, tensors + descriptors)
-            self.variants[device, alignment] = compiled
-        else:
+            every = addresses + self.addresses
+            alignment = tuple((a or 0) % POINTER_ALIGNMENT == 0 for a in every)
+        variant = (device, alignment)
+        compiled = launch.variants.get(variant)
+        if compiles_only:
+            launch.compile(variant, varying + tensors + self.tensors)
+        elif compiled is None:
+            every_argument = varying + tensors + self.tensors
+            launch.variants[variant] = launch.launch(programs, every_argument)
+        elif is_profiled():
             stream = driver.get_current_stream(device)
-            compiled[programs](
-                *addresses, *descriptors, *self.after_tensors, stream=stream
+            compiled[programs](*varying, *addresses, *self.tail, stream=stream)
+        else:
+            compiled.run(
+                *programs,
+                driver.get_current_stream(device),
+                compiled.function,
+                compiled.packed_metadata,
+                *(None, None, None),  # what profilers hook in
+                *varying,
+                *addresses,
+                *self.tail,
             )
 
-    def launch(self, grid: tuple, tensors: tuple):
-        """Launches through Triton's own lookup; returns the compiled variant."""
-        return self.kernel[grid](*tensors, *self.arguments, **self.constants)
+
+def is_profiled() -> bool:
+    """Whether a profiler wants to see launches: Triton's own way shows them."""
+    hooks = triton.knobs.runtime
+    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)

@@ -20,7 +20,16 @@ from .checks import reject
 QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 QUERY_FP8_DTYPE = torch.float8_e4m3fn  # over a cache of the same
 KV_FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
+KV_INT4_DTYPE = torch.uint8  # two elements to a byte
+# Those that need scales per token and head, and those that may have them.
+KV_INTEGER_DTYPES = (torch.int8, KV_INT4_DTYPE)
+KV_SCALED_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, *KV_INTEGER_DTYPES)
+# Of elements that a product needs in another dtype.
+KV_QUANTIZED_DTYPES = (*KV_FP8_DTYPES, *KV_INTEGER_DTYPES)
 HEAD_SIZES = range(16, 513)
+# Of head sizes with int4: what is read at once are four elements, and a row in vLLM's
+# pages ends where an fp32 can begin.
+INT4_HEAD_MULTIPLE = 8
 BLOCK_SIZE_MULTIPLE = 16
 
 # Batches whose longest query is at most this take the decode kernel altogether.
@@ -49,6 +58,7 @@ class Shape(NamedTuple):
     block_size: int
     query_dtype: torch.dtype
     kv_dtype: torch.dtype
+    token_scales: bool = False  # of K and V, one for every token and head
 
     @property
     def group(self) -> int:
@@ -57,14 +67,23 @@ class Shape(NamedTuple):
 
     @property
     def head_padded(self) -> int:
-        return max(16, triton.next_power_of_2(self.head_size))
+        # Products of halves of a head have 16 terms or more.
+        least = 32 if self.kv_dtype == KV_INT4_DTYPE else 16
+        return max(least, triton.next_power_of_2(self.head_size))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's K, or V, of one head, padded."""
+        if self.kv_dtype == KV_INT4_DTYPE:
+            return self.head_padded // 2
+        return self.head_padded * self.kv_dtype.itemsize
 
 
 def kv_dtypes_for(query_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     """Dtypes of the caches that queries of this dtype can attend to."""
     if query_dtype == QUERY_FP8_DTYPE:
         return (QUERY_FP8_DTYPE,)
-    return (query_dtype, *KV_FP8_DTYPES)
+    return (query_dtype, *KV_QUANTIZED_DTYPES)
 
 
 def check_layer_shape(shape: Shape) -> None:
@@ -86,6 +105,13 @@ def check_layer_shape(shape: Shape) -> None:
     kv_dtypes = kv_dtypes_for(shape.query_dtype)
     if shape.kv_dtype not in kv_dtypes:
         reject("kv_dtype", shape.kv_dtype, ", ".join(map(str, kv_dtypes)))
+    if shape.kv_dtype == KV_INT4_DTYPE and shape.head_size % INT4_HEAD_MULTIPLE:
+        allowed = f"a multiple of {INT4_HEAD_MULTIPLE} with an int4 cache"
+        reject("head_size", shape.head_size, allowed)
+    if shape.token_scales and shape.kv_dtype not in KV_SCALED_DTYPES:
+        reject("kv_dtype", shape.kv_dtype, ", ".join(map(str, KV_SCALED_DTYPES)))
+    if shape.token_scales and shape.query_dtype == QUERY_FP8_DTYPE:
+        reject("query_dtype", shape.query_dtype, "others with scales per token")
 
 
 @dataclass(frozen=True)
@@ -132,7 +158,8 @@ class AttentionPlan:
     # "16-bit" or "fp8": that Hopper kernel does prefills, where strides and options
     # allow.
     hopper: str | None
-    unpacking: str  # of an fp8 V that is read in pairs; see tile.unpack_pairs
+    kv_format: str | None  # KV_FORMAT of kv_format.py
+    unpacking: str  # of quantised K and V: "ptx" or "triton"; see kv_format.widen
     num_workers: int  # programs of the decode kernel, all resident at once
     abreast_tiles: int | None  # see plan_abreast
     # Batch invariance: keys of a segment (None: off), and rows of a decode tile that
@@ -168,36 +195,29 @@ def count_xcds(arch: Any, num_units: int) -> int:
     return max(1, num_units // XCD_UNITS[arch]) if arch in XCD_UNITS else 1
 
 
-def unsupported_kv_dtype(
-    dtype: torch.dtype, device: torch.device
-) -> tuple[str, str] | None:
-    """Why a device cannot read an fp8 cache: what it can, and what to do; or None."""
-    if device.type == "cpu" or dtype not in (
-        torch.float8_e4m3fn,
-        torch.float8_e4m3fnuz,
-    ):
-        return None
-    target = this_device(device.index)
-    arch = str(target.arch)
-    if target.backend == "cuda":
-        native = torch.float8_e4m3fn if target.arch >= 89 else None
-    else:
-        native = (
-            torch.float8_e4m3fnuz if arch.startswith("gfx94") else torch.float8_e4m3fn
-        )
-        if not arch.startswith(("gfx94", "gfx95", "gfx12")):
-            native = None
-    if dtype == native:
-        return None
-    allowed = "torch.float8_e5m2 and the 16-bit dtypes"
-    if native is not None:
-        allowed = f"{native}, {allowed}"
-    return f"{allowed} on {arch}", "Choose another --kv-cache-dtype."
+def reads_e4m3(dtype: torch.dtype, device: Device) -> bool:
+    """Whether the device has an instruction that widens this e4m3 format."""
+    arch = str(device.arch)
+    if device.backend == "cuda":
+        return dtype == torch.float8_e4m3fn and device.arch >= 89
+    if device.backend == "hip" and arch.startswith("gfx94"):
+        return dtype == torch.float8_e4m3fnuz
+    if device.backend == "hip":
+        return dtype == torch.float8_e4m3fn and arch.startswith(("gfx95", "gfx12"))
+    return True  # the interpreter
+
+
+def plan_kv_format(kv_dtype: torch.dtype, device: Device) -> str | None:
+    if kv_dtype in KV_INTEGER_DTYPES:
+        return "int8" if kv_dtype == torch.int8 else "int4"
+    if kv_dtype in KV_SCALED_DTYPES and not reads_e4m3(kv_dtype, device):
+        return str(kv_dtype).removeprefix("torch.float8_")
+    return None
 
 
 def tile_bytes(shape: Shape, tile: int) -> int:
     """Bytes of one tile of K and one of V."""
-    return 2 * tile * shape.head_padded * shape.kv_dtype.itemsize
+    return 2 * tile * shape.row_bytes
 
 
 def is_rdna(device: Device) -> bool:
@@ -244,15 +264,20 @@ def plan_decode(shape: Shape, device: Device, max_query_len: int) -> Config:
     # adds 4% to 8 x 8k and 18% to 1 x 8k.
     # An fp8 cache has half the bytes: 64 x 8k take 328 us with tiles of 128 keys, 381
     # with 64.
-    tile = min(max(16384 // (wide * width), 16), 128)
+    tile = min(max(16384 // shape.row_bytes, 16), 128)
     if is_rdna(device):
         tile = 64 if wide <= 64 else 32 if width > 1 else 16
-        return Config(block_m, tile, 8 if wide <= 128 else 16, 1)
+        num_warps = 16 if wide > 128 or (shape.token_scales and wide > 64) else 8
+        return Config(block_m, tile, num_warps, 1)
     if device.backend == "hip":
         return Config(block_m, tile, 4, 1)
     # Not measured but compiled: what sm_89 and sm_120 and what more rows leave of the
     # registers.
     if wide <= 64 and device.shared_memory < 128 * 1024:
+        tile = min(tile, 64)
+    if shape.token_scales and shape.row_bytes > 64:
+        # More spill. On an H200 64 x 8k with int8 take 635 us so, 757 with 3 stages and
+        # 838 with 8 warps; with int4 and 128 keys 517, with 64 578.
         tile = min(tile, 64)
     if block_m > 16:
         tile = min(tile, 64 if block_m == 32 or width == 2 else 32)
@@ -293,7 +318,7 @@ def plan_abreast(shape: Shape, device: Device) -> int | None:
 def plan_unpacking(shape: Shape, device: Device) -> str:
     """With PTX 64 x 8k with an fp8 cache take 300 us on an H200, without it 340."""
     if device.backend == "cuda" and (
-        shape.kv_dtype == torch.float8_e5m2
+        shape.kv_dtype in (torch.float8_e5m2, *KV_INTEGER_DTYPES)
         or (shape.kv_dtype == torch.float8_e4m3fn and device.arch >= 89)
     ):
         return "ptx"
@@ -354,13 +379,16 @@ def avoids_wgmma(shape: Shape, device: Device) -> bool:
     With operands that are converted in registers, from fp8 here and by tf32x3 in
     fp32, Triton 3.6's wgmma gave wrong results and illegal accesses on an H200.
     """
-    return device.arch == 90 and shape.kv_dtype in KV_FP8_DTYPES
+    return device.arch == 90 and shape.kv_dtype in KV_QUANTIZED_DTYPES
 
 
 def plan_prefill_hopper(shape: Shape) -> Config:
     """Measured on an H200 at 8k tokens, causal, bf16."""
     wide = shape.head_padded
-    if shape.kv_dtype in KV_FP8_DTYPES:
+    if shape.kv_dtype in KV_QUANTIZED_DTYPES:
+        if shape.token_scales and wide > 64:  # the largest without spills
+            tile = 32 if shape.kv_dtype == KV_INT4_DTYPE else 64
+            return Config(32, tile if wide <= 128 else 32, 8, 3)
         if wide <= 128:
             return Config(32, 64, 8 if wide <= 64 else 4, 3)
         return Config(32, 32, 8, 3)
@@ -537,6 +565,7 @@ def make_plan(
         prefill_rows=rows,
         head_lanes=head_lanes(shape.num_query_heads // pack, device.num_xcds),
         hopper=hopper,
+        kv_format=plan_kv_format(shape.kv_dtype, device),
         unpacking=plan_unpacking(shape, device),
         num_workers=2 * device.num_units,
         abreast_tiles=abreast,

@@ -9,6 +9,7 @@ edge and at the sequence's end are masked; those between run without a mask.
 
 from vllm.triton_utils import tl, triton
 
+from .kv_format import in_elements
 from .limits import row_limits
 from .segments import clip, merge_states
 from .tile import (
@@ -18,6 +19,7 @@ from .tile import (
     load_slopes,
     query_rows,
     row_offsets,
+    scales_of_head,
     start_state,
     whole,
     write_rows,
@@ -98,61 +100,67 @@ def limited_tile_bounds(limits, TILE: tl.constexpr, MASKED_TILE: tl.constexpr):
 def attend_ranges(
     state, query, position, key_ptr, value_ptr, key_strides, value_strides, block_row,
     before, seen_whole, after,  # ranges of tiles, see key_tile_bounds
-    keys_range, scales, sight, boxes,
+    keys_range, scales, sight, boxes, token_scales,  # as in attend_tiles
     HAS_BEFORE: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI_SQRT: tl.constexpr, TILE: tl.constexpr,
     MASKED_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr, PRECISION: tl.constexpr, PAIRED_VALUES: tl.constexpr,
-    FIXED_ORDER: tl.constexpr,
+    KV_FORMAT: tl.constexpr, WIDENING: tl.constexpr, FIXED_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Left edge of the window, then whole tiles, then diagonal and end."""
     if HAS_BEFORE:
         state = attend_tiles(
             state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-            block_row, before, keys_range, scales, sight, None,
+            block_row, before, keys_range, scales, sight, None, token_scales,
             CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True, MASKED_TILE,
-            BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, FIXED_ORDER,
+            BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
+            KV_FORMAT, WIDENING, FIXED_ORDER,
         )  # fmt: skip
     state = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-        block_row, seen_whole, keys_range, scales, sight, boxes,
+        block_row, seen_whole, keys_range, scales, sight, boxes, token_scales,
         CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, False, TILE,
-        BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, FIXED_ORDER,
+        BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
+        KV_FORMAT, WIDENING, FIXED_ORDER,
     )  # fmt: skip
     return attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
-        block_row, after, keys_range, scales, sight, None,
+        block_row, after, keys_range, scales, sight, None, token_scales,
         CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True, MASKED_TILE,
-        BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, FIXED_ORDER,
+        BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
+        KV_FORMAT, WIDENING, FIXED_ORDER,
     )  # fmt: skip
 
 
 @triton.jit
 def attend_segments(
     query, position, key_ptr, value_ptr, key_strides, value_strides, block_row,
-    before, seen_whole, after, keys_range, scales, sight, boxes,
+    before, seen_whole, after, keys_range, scales, sight, boxes, token_scales,
     SEGMENT: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_BEFORE: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI_SQRT: tl.constexpr, TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr,
-    PRECISION: tl.constexpr, PAIRED_VALUES: tl.constexpr,
+    PRECISION: tl.constexpr, PAIRED_VALUES: tl.constexpr, KV_FORMAT: tl.constexpr,
+    WIDENING: tl.constexpr,
 ):  # fmt: skip
     """The same, segment by segment, each from nothing; see `segments`."""
     TILES: tl.constexpr = SEGMENT // TILE
-    acc, row_max, row_sum = start_state(BLOCK_M, HEAD_PADDED, None)
+    acc, row_max, row_sum = start_state(BLOCK_M, HEAD_PADDED, None, None)
     for segment in range(before[0] // TILES, tl.cdiv(after[1], TILES)):
         begin, end = segment * TILES, (segment + 1) * TILES
         later, later_max, later_sum = attend_ranges(
-            start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES),
+            start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES, KV_FORMAT),
             query, position, key_ptr, value_ptr, key_strides, value_strides, block_row,
             clip(before, begin, end), clip(seen_whole, begin, end),
-            clip(after, begin, end), keys_range, scales, sight, boxes,
+            clip(after, begin, end), keys_range, scales, sight, boxes, token_scales,
             HAS_BEFORE, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, TILE, TILE,
-            BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, True,
+            BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, KV_FORMAT,
+            WIDENING, True,
         )  # fmt: skip
         acc, row_max, row_sum = merge_states(
             acc, row_max, row_sum,
-            whole(later, BLOCK_M, HEAD_PADDED, PAIRED_VALUES), later_max, later_sum,
+            whole(later, BLOCK_M, HEAD_PADDED, PAIRED_VALUES, KV_FORMAT),
+            later_max, later_sum,
         )  # fmt: skip
     return acc, row_max, row_sum
 
@@ -183,6 +191,9 @@ def head_and_item(program, head_tiles, num_items, HEAD_LANES: tl.constexpr):
     ]
 )
 def prefill_kernel(
+    # Descriptors of [num_blocks, num_kv_heads, block_size, head_size], or None
+    key_boxes,
+    value_boxes,
     output_ptr,  # [num_tokens, num_query_heads, head_size]
     lse_ptr,  # [num_tokens, num_query_heads] or None
     query_ptr,  # [num_tokens, num_query_heads, head_size]
@@ -191,7 +202,7 @@ def prefill_kernel(
     block_table_ptr,  # [num_seqs, max_blocks]
     items_ptr,  # [num_items, ITEM_FIELDS]
     q_scale_ptr,  # [1] or None
-    k_scale_ptr,
+    k_scale_ptr,  # [1] or None; with strides [num_blocks, block_size, num_kv_heads]
     v_scale_ptr,
     sinks_ptr,  # [num_query_heads] or None
     slopes_ptr,  # [num_query_heads] fp32, or None
@@ -199,14 +210,12 @@ def prefill_kernel(
     ranges_ptr,  # [num_seqs, num_ranges, 2] or None
     prefix_ptr,  # [num_seqs] or None
     output_scale_ptr,  # [1] or None
-    # Descriptors of [num_blocks, num_kv_heads, block_size, head_size], or None
-    key_boxes,
-    value_boxes,
     output_strides,  # (token, head)
     lse_stride,
     query_strides,
     key_strides,  # (page, slot, head)
     value_strides,
+    scale_strides,  # those of k_scale and of v_scale, as above; None: they are [1]
     block_table_stride,
     scale,  # softmax scale in log2 units; with softcap: the cap in log2 units
     cap_scale,  # softcap's inner scale
@@ -225,6 +234,10 @@ def prefill_kernel(
     SEGMENT: tl.constexpr,  # keys; see `segments`; None: all keys in one
     PRECISION: tl.constexpr,
     PAIRED_VALUES: tl.constexpr,
+    KV_FORMAT: tl.constexpr,
+    WIDENING: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,  # elements that strides of K and V are given in
+    VALUE_OFFSET: tl.constexpr,  # of V behind K in a page of both; None: elsewhere
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -260,8 +273,9 @@ def prefill_kernel(
     dims_valid = row_valid[:, None] & (dims < HEAD_SIZE)[None, :]
     offsets = row_offsets(query_start, token, head, query_strides, dims)
     scales, v_scale = load_scales(
-        q_scale_ptr, k_scale_ptr, v_scale_ptr, (scale, cap_scale), SOFTCAP
-    )
+        q_scale_ptr, k_scale_ptr, v_scale_ptr, scale_strides, (scale, cap_scale),
+        SOFTCAP,
+    )  # fmt: skip
     query, scales = load_query(
         query_ptr, offsets, dims_valid, scales, key_ptr.dtype.element_ty, SOFTCAP,
         SEGMENT is not None,
@@ -283,6 +297,10 @@ def prefill_kernel(
     keys_range, before, seen_whole, after = bounds
     position = seq_len - query_len + token
     block_row = block_table_ptr + sequence.to(tl.int64) * block_table_stride
+    key_strides = in_elements(key_strides, STRIDE_UNIT)
+    value_strides = in_elements(value_strides, STRIDE_UNIT)
+    if VALUE_OFFSET is not None:
+        value_ptr = key_ptr + VALUE_OFFSET
     key_ptr += kv_head.to(tl.int64) * key_strides[2]
     value_ptr += kv_head.to(tl.int64) * value_strides[2]
     if slopes_ptr is None:
@@ -294,23 +312,29 @@ def prefill_kernel(
         boxes: tl.constexpr = None
     else:
         boxes = (key_boxes, value_boxes, kv_head)
+    if scale_strides is None:
+        token_scales: tl.constexpr = None
+    else:
+        token_scales = scales_of_head(k_scale_ptr, v_scale_ptr, scale_strides, kv_head)
     HAS_BEFORE: tl.constexpr = WINDOWED or LIMITED
     if SEGMENT is None:
         acc, row_max, row_sum = attend_ranges(
-            start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES),
+            start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES, KV_FORMAT),
             query, position, key_ptr, value_ptr, key_strides, value_strides, block_row,
-            before, seen_whole, after, keys_range, scales, sight, boxes,
+            before, seen_whole, after, keys_range, scales, sight, boxes, token_scales,
             HAS_BEFORE, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, TILE, MASKED_TILE,
-            BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, False,
+            BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, KV_FORMAT,
+            WIDENING, False,
         )  # fmt: skip
-        acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
+        acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES, KV_FORMAT)
     else:
         tl.static_assert(MASKED_TILE == TILE)
         acc, row_max, row_sum = attend_segments(
             query, position, key_ptr, value_ptr, key_strides, value_strides, block_row,
-            before, seen_whole, after, keys_range, scales, sight, boxes,
+            before, seen_whole, after, keys_range, scales, sight, boxes, token_scales,
             SEGMENT, BLOCK_M, HAS_BEFORE, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, TILE,
-            BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
+            BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, KV_FORMAT,
+            WIDENING,
         )  # fmt: skip
 
     target = (

@@ -9,6 +9,7 @@ before anything is stored, and keys do not wait for their slots: one round trip 
 memory, not two.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -30,7 +31,14 @@ from .checks import (
 )
 from .fp8 import FP8_DTYPES, divide_to_fp8, storage_view, triton_fp8
 from .launch import Launch
-from .plan import this_device
+from .plan import KV_INT4_DTYPE, KV_INTEGER_DTYPES, this_device
+from .rotation import rotation_matrix
+from .token_head_cache import (
+    check_scales,
+    offset_in_page,
+    padded_head,
+    plan_launch,
+)
 
 SOURCE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -86,18 +94,18 @@ def store_rows(
     do_not_specialize=["slot_mapping_ptr", "k_scale_ptr", "v_scale_ptr", "num_tokens"]
 )
 def reshape_and_cache_kernel(
+    num_tokens,
     key_ptr,  # [num_tokens or more, NUM_KV_HEADS, HEAD_SIZE]
     value_ptr,
+    slot_mapping_ptr,  # [num_tokens]
     key_cache_ptr,  # [num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE]
     value_cache_ptr,
-    slot_mapping_ptr,  # [num_tokens]
     k_scale_ptr,  # [1], or None where nothing is scaled
     v_scale_ptr,
     key_strides,
     value_strides,
     key_cache_strides,
     value_cache_strides,
-    num_tokens,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -183,11 +191,19 @@ def check_arguments(
         "Pass a view with the heads of key, such as cache.transpose(1, 2) of an HND"
         " cache or one half of a page that packs K and V."
     )
+    width = head_size
+    if key_cache.dtype == KV_INT4_DTYPE:
+        width = head_size // 2
+        advice = (
+            "torch.uint8 stands for int4, two elements to a byte. View a cache of other"
+            " bytes with cache.view(torch.float8_e4m3fn)."
+        )
     check_shape(
-        "key_cache", key_cache, pages, (None, None, num_kv_heads, head_size), advice
+        "key_cache", key_cache, pages, (None, None, num_kv_heads, width), advice
     )
     advice = "View a cache of bytes with cache.view(torch.float8_e4m3fn)."
-    check_dtype("key_cache", key_cache, (key.dtype, *FP8_DTYPES), advice)
+    allowed = (key.dtype, *FP8_DTYPES, *KV_INTEGER_DTYPES)
+    check_dtype("key_cache", key_cache, allowed, advice)
     check_last_stride("key_cache", key_cache)
     advice = "K and V need pages of the same shape."
     check_shape("value_cache", value_cache, pages, key_cache.shape, advice)
@@ -212,42 +228,144 @@ def check_arguments(
         value_cache=value_cache,
         slot_mapping=slot_mapping,
     )
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    named |= {name: scale for name, scale in scales.items() if scale is not None}
     for name, spec in named.items():
         check_device(name, spec, "key", key)
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+    if has_token_scales(key_cache.dtype, k_scale.shape if k_scale else None):
+        check_scales(key, key_cache, k_scale, v_scale)
+        return
+    for name, scale in scales.items():
         if scale is not None:
             check_scale(name, scale, "key", key)
 
 
+def has_token_scales(
+    cache_dtype: torch.dtype, k_scale_shape: tuple[int, ...] | None
+) -> bool:
+    """Whether there is a scale for every token and head, or has to be."""
+    return cache_dtype in KV_INTEGER_DTYPES or (
+        k_scale_shape is not None and len(k_scale_shape) == 3
+    )
+
+
 @lru_cache(maxsize=4096)
-def prepare(*signatures: tuple | None) -> Launch | None:
-    """Checks the arguments of `reshape_and_cache` and plans its launch."""
+def prepare_token_scales(
+    value_offset: int | None, *signatures: tuple | None
+) -> Launch | None:
+    """As `prepare`, where every token and head has a scale; None without tokens.
+
+    Args:
+        value_offset: see `offset_in_page`.
+        *signatures: of all tensors.
+    """
     specs = specs_of(signatures)
     check_arguments(*specs)
-    key, _, key_cache, _, slot_mapping = specs[:5]
-    num_tokens = slot_mapping.shape[0]
+    num_tokens = specs[4].shape[0]
     if num_tokens == 0:
         return None
-    _, num_kv_heads, head_size = key.shape
-    row_size = num_kv_heads * head_size
-    device = this_device(key.device.index)
-    tile = plan_tile(num_tokens, row_size, device.num_units)
-    is_fp8 = key_cache.dtype in FP8_DTYPES
-    return Launch(
-        reshape_and_cache_kernel,
-        (triton.cdiv(num_tokens, tile.tokens), triton.cdiv(row_size, tile.elements)),
-        (*(free_strides(spec)[:-1] for spec in specs[:4]), num_tokens),
-        dict(
-            NUM_KV_HEADS=num_kv_heads,
-            HEAD_SIZE=head_size,
-            BLOCK_SIZE=key_cache.shape[1],
-            FP8=triton_fp8(key_cache.dtype) if is_fp8 else None,
-            FP8_MAX=torch.finfo(key_cache.dtype).max if is_fp8 else None,
-            TOKENS=tile.tokens,
-            ELEMENTS=tile.elements,
-            num_warps=tile.num_warps,
-        ),
+    return plan_launch((*specs[:4], *specs[5:]), value_offset, num_tokens)
+
+
+class Launches(NamedTuple):
+    """The launches for all numbers of tokens, by the tile."""
+
+    small: Launch
+    large: Launch
+    large_from: int  # tokens
+
+
+@lru_cache(maxsize=4096)
+def plan_launches(
+    dtype: torch.dtype,
+    device: torch.device,
+    cache_dtype: torch.dtype,
+    has_scales: tuple[bool, bool],
+    row: tuple[int, int],
+    block_size: int,
+    strides: tuple[tuple[int, ...], ...],
+) -> Launches:
+    """Plans the launches for a layout.
+
+    Args:
+        dtype: of keys and values.
+        device: where all is.
+        cache_dtype: of the caches.
+        has_scales: whether K and V come with a scale.
+        row: num_kv_heads and head_size.
+        block_size: slots of a page.
+        strides: of key, value, key_cache and value_cache, without the last.
+    """
+    num_units = this_device(device.index).num_units
+    row_size = math.prod(row)
+    is_fp8 = cache_dtype in FP8_DTYPES
+
+    def plan(tile: Tile) -> Launch:
+        return Launch(
+            reshape_and_cache_kernel,
+            (1, triton.cdiv(row_size, tile.elements)),  # for up to tile.tokens
+            strides,
+            dict(
+                NUM_KV_HEADS=row[0],
+                HEAD_SIZE=row[1],
+                BLOCK_SIZE=block_size,
+                FP8=triton_fp8(cache_dtype) if is_fp8 else None,
+                FP8_MAX=torch.finfo(cache_dtype).max if is_fp8 else None,
+                TOKENS=tile.tokens,
+                ELEMENTS=tile.elements,
+                num_warps=tile.num_warps,
+            ),
+        )
+
+    large_from = min_large_tokens(row_size, num_units)
+    small, large = (
+        plan(plan_tile(tokens, row_size, num_units)) for tokens in (1, large_from)
     )
+    return Launches(small, large, large_from)
+
+
+@lru_cache(maxsize=4096)
+def prepare(*signatures: tuple | None) -> Launches:
+    """Checks the arguments of `reshape_and_cache` and plans its launches."""
+    specs = specs_of(signatures)
+    check_arguments(*specs)
+    key, _, key_cache = specs[:3]
+    return plan_launches(
+        key.dtype,
+        key.device,
+        key_cache.dtype,
+        (specs[5] is not None, specs[6] is not None),
+        key.shape[1:],
+        key_cache.shape[1],
+        tuple(free_strides(spec)[:-1] for spec in specs[:4]),
+    )
+
+
+class PreparedWrite:
+    """A checked call of `reshape_and_cache`, to be repeated with other tokens.
+
+    A repetition writes to the same caches. It is right for any number of tokens, as
+    long as the caches and their scales stay where they are, and keys and values keep
+    their dtype and strides; after a call with one token, whose stride counts for
+    nothing, for one token alone. None of that is checked again.
+    """
+
+    def __init__(self, launches: Launches, *tensors: torch.Tensor | None) -> None:
+        """Binds the launches to key_cache, value_cache, k_scale and v_scale."""
+        small, large, self.large_from = launches
+        self.small, self.large = small.bind(*tensors), large.bind(*tensors)
+
+    def __call__(
+        self, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Writes; arguments as for `reshape_and_cache`."""
+        num_tokens = slot_mapping.shape[0]
+        if num_tokens == 0:
+            return
+        write = self.small if num_tokens < self.large_from else self.large
+        launch = write.launch
+        grid = (-(-num_tokens // launch.constants["TOKENS"]), launch.grid[1])
+        write(key, value, slot_mapping, varying=(num_tokens,), grid=grid)
 
 
 def reshape_and_cache(
@@ -259,7 +377,7 @@ def reshape_and_cache(
     *,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
-) -> None:
+) -> PreparedWrite | None:
     """Copies each token's key and value to its slot in the KV cache.
 
     Args:
@@ -267,20 +385,28 @@ def reshape_and_cache(
             strides with the last 1; rows past the end of slot_mapping are padding.
         value: As key, with its own strides.
         key_cache: [num_blocks, block_size, num_kv_heads, head_size], key's dtype or an
-            fp8 dtype.  Any strides with the last 1: NHD, HND or half of a packed page.
+            fp8 dtype, int8, or uint8 [..., head_size / 2] for int4, two elements to a
+            byte.  Any strides with the last 1: NHD, HND or half of a packed page.
         value_cache: As key_cache, with its own strides.
         slot_mapping: [num_tokens] int64, block * block_size + place in the block.
             Tokens with a negative slot are skipped.  Slots must lie within the cache
             and differ; neither is checked.
         k_scale: fp32, one element, on the device; None is 1.  An fp8 cache holds
             key / k_scale, saturated to the finite range of the dtype; NaN stays NaN.
-            Without effect on other caches.
+            Without effect on caches of key's dtype.  Or fp32
+            [num_blocks, block_size, num_kv_heads], any strides, for e4m3 and integers,
+            which need it: receives a scale for every token and head that is written,
+            see `token_head_cache`.
         v_scale: The same for values.
+
+    Returns:
+        What writes again, without checks, where only key, value and slot_mapping are
+        others; None where every token and head has a scale.
 
     Raises:
         ValueError: An argument has a wrong shape, dtype, device or stride.
     """
-    launch = prepare(
+    signatures = (
         signature(key),
         signature(value),
         signature(key_cache),
@@ -289,14 +415,30 @@ def reshape_and_cache(
         None if k_scale is None else signature(k_scale),
         None if v_scale is None else signature(v_scale),
     )
-    if launch is None:  # no tokens
-        return
+    k_scale_shape = None if k_scale is None else k_scale.shape
+    if has_token_scales(key_cache.dtype, k_scale_shape):
+        value_offset = offset_in_page(key_cache, value_cache)
+        launch = prepare_token_scales(value_offset, *signatures)
+        rotation = None
+        if key_cache.dtype == KV_INT4_DTYPE:
+            padded = padded_head(key.shape[-1], KV_INT4_DTYPE)
+            rotation = rotation_matrix(key.shape[-1], padded, key.dtype, key.device)
+        elif key_cache.dtype in FP8_DTYPES:
+            key_cache = storage_view(key_cache)
+            value_cache = storage_view(value_cache)
+        if launch is not None:
+            caches = (key_cache, value_cache)
+            launch(key, value, *caches, slot_mapping, k_scale, v_scale, rotation)
+        return None
+    launches = prepare(*signatures)
     if key_cache.dtype == key.dtype:
         k_scale = v_scale = None
     else:
         key_cache = storage_view(key_cache)
         value_cache = storage_view(value_cache)
-    launch(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+    prepared = PreparedWrite(launches, key_cache, value_cache, k_scale, v_scale)
+    prepared(key, value, slot_mapping)
+    return prepared
 
 
 def warm_up(
@@ -317,6 +459,8 @@ def warm_up(
         v_scale: The same for values.
     """
     _, _, num_kv_heads, head_size = key_cache.shape
+    if key_cache.dtype == KV_INT4_DTYPE:
+        head_size *= 2
     device = key_cache.device
     num_units = this_device(device.index).num_units
     # One row for all tokens: only the number of tokens chooses the variant.

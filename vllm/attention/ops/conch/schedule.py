@@ -15,8 +15,10 @@ from vllm.triton_utils import tl, triton
 
 from .checks import check_tensor, reject
 from .decode import SEQUENCE_FIELDS, WORKER_FIELDS, decode_key_tiles, decode_rows
+from .launch import Launch
 from .limits import first_seen_key
 from .plan import (
+    KV_INTEGER_DTYPES,
     MAX_DECODE_QUERY_LEN,
     SEGMENT_BYTES,
     AttentionPlan,
@@ -257,6 +259,8 @@ def schedule_prefill(
     ]
 )
 def schedule_kernel(
+    num_seqs,
+    decode_query_len,
     query_start_loc_ptr,  # [num_seqs + 1]
     seq_lens_ptr,  # [num_seqs]
     workers_ptr,
@@ -265,8 +269,6 @@ def schedule_kernel(
     items_ptr,
     ranges_ptr,  # [num_seqs, num_ranges, 2] or None
     prefix_ptr,  # [num_seqs] or None
-    num_seqs,
-    decode_query_len,
     window,
     num_ranges,  # None without ranges
     NUM_WORKERS: tl.constexpr,
@@ -363,6 +365,7 @@ class VarlenSchedule:
         device: where the buffers live.
         sliding_window: keys that a query sees, itself included; None: all.
         chunk_lookback: as for `varlen_attention`.
+        token_scales: the cache has scales per token and head; always so in integers.
         decode_query_len: in a batch with longer queries, sequences with up to this
             many query tokens are decodes; the others are prefills.
         num_workers: programs of the decode kernel; None: as many as fit the device.
@@ -385,15 +388,16 @@ class VarlenSchedule:
         device: torch.device | str,
         sliding_window: int | None = None,
         chunk_lookback: int = -1,
+        token_scales: bool = False,
         decode_query_len: int = 1,
         num_workers: int | None = None,
         portable: bool = False,
         batch_invariant: bool = False,
     ) -> None:
         self.device = torch.device(device)
-        self.shape = Shape(
-            num_query_heads, num_kv_heads, head_size, block_size, query_dtype, kv_dtype
-        )
+        heads = (num_query_heads, num_kv_heads, head_size)
+        token_scales |= kv_dtype in KV_INTEGER_DTYPES
+        self.shape = Shape(*heads, block_size, query_dtype, kv_dtype, token_scales)
         at_least = dict(
             max_num_seqs=max_num_seqs,
             max_num_tokens=max_num_tokens,
@@ -405,16 +409,16 @@ class VarlenSchedule:
                 reject(name, value, "1 or more")
         check_window(sliding_window, chunk_lookback)
         check_layer_shape(self.shape)
+        if batch_invariant and self.shape.token_scales:
+            reject("token_scales", True, "False where batch_invariant is True")
         self.sight = Sight(sliding_window, chunk_lookback, None, False, False)
         self.decode_query_len = decode_query_len
         self.portable = portable
         self.batch_invariant = batch_invariant
         self.max_num_seqs = max_num_seqs
         self.max_num_tokens = max_num_tokens
-        index = self.device.index
-        if self.device.type != "cpu" and index is None:
-            index = 0
-        self.target = this_device(index)
+        is_cpu = self.device.type == "cpu"  # that of "cpu:0" has an index too
+        self.target = this_device(None if is_cpu else self.device.index or 0)
         plan = self.plan_for(MAX_DECODE_QUERY_LEN)
         self.num_workers = num_workers or plan.num_workers
 
@@ -449,6 +453,10 @@ class VarlenSchedule:
         self.num_seqs = 0
         self.work = self.items[:0]  # prefill items in use
         self.plan = plan
+        # Equal after updates that chose the same kernels.
+        self.choice = 0
+        self.choices = {(plan, self.sight): 0}
+        self.launches: dict[int, Launch] = {}  # by choice
         self.segment_slots = 0  # segments that a worker can leave; see `segments`
 
     def plan_for(self, max_query_len: int) -> AttentionPlan:
@@ -558,9 +566,11 @@ class VarlenSchedule:
             num_items = self.max_items(num_tokens, num_seqs)
         else:
             decode_query_len = ANY_QUERY_LEN
-        # All items, for a captured graph reads as many as its own batch had.
-        programs = triton.cdiv(self.num_workers, LANES) + self.items.shape[0] // LANES
-        schedule_kernel[(programs,)](
+        self.choice = self.choices.setdefault((plan, sight), len(self.choices))
+        launch = self.launches.get(self.choice)
+        if launch is None:
+            launch = self.launches[self.choice] = self.plan_launch(plan, sight)
+        launch(
             query_start_loc,
             seq_lens,
             self.workers,
@@ -569,21 +579,7 @@ class VarlenSchedule:
             self.items,
             mm_prefix_range,
             prefix_lens,
-            num_seqs,
-            decode_query_len,
-            sight.window,
-            None if mm_prefix_range is None else sight.num_ranges,
-            NUM_WORKERS=self.num_workers,
-            NUM_KV_HEADS=self.shape.num_kv_heads,
-            GROUP=self.shape.group,
-            DECODE_BLOCK_M=plan.decode.block_m,
-            DECODE_TILE=plan.segment or plan.decode.tile,
-            ABREAST_TILES=plan.abreast_tiles,
-            PREFILL_PACK=plan.prefill_pack,
-            PREFILL_BLOCK_M=plan.prefill_rows,
-            **sight.constants(),
-            BLOCK=min(triton.next_power_of_2(self.max_num_seqs), MAX_SEQUENCES_AT_ONCE),
-            LANES=LANES,
+            varying=(num_seqs, decode_query_len),
         )
         self.plan = plan
         rows = self.num_workers * plan.segment_rows
@@ -592,3 +588,29 @@ class VarlenSchedule:
         self.max_query_len = max_query_len
         self.num_seqs = num_seqs
         self.work = self.items[:num_items]
+
+    def plan_launch(self, plan: AttentionPlan, sight: Sight) -> Launch:
+        """Plans the launch that fills the work lists for kernels of this plan."""
+        # All items, for a captured graph reads as many as its own batch had.
+        programs = triton.cdiv(self.num_workers, LANES) + self.items.shape[0] // LANES
+        has_ranges = sight.sliding_window is not None and sight.num_ranges is not None
+        return Launch(
+            schedule_kernel,
+            (programs,),
+            (sight.window, sight.num_ranges if has_ranges else None),
+            dict(
+                NUM_WORKERS=self.num_workers,
+                NUM_KV_HEADS=self.shape.num_kv_heads,
+                GROUP=self.shape.group,
+                DECODE_BLOCK_M=plan.decode.block_m,
+                DECODE_TILE=plan.segment or plan.decode.tile,
+                ABREAST_TILES=plan.abreast_tiles,
+                PREFILL_PACK=plan.prefill_pack,
+                PREFILL_BLOCK_M=plan.prefill_rows,
+                **sight.constants(),
+                BLOCK=min(
+                    triton.next_power_of_2(self.max_num_seqs), MAX_SEQUENCES_AT_ONCE
+                ),
+                LANES=LANES,
+            ),
+        )

@@ -201,6 +201,7 @@ def segment_decode_kernel(
     query_strides,
     key_strides,  # (page, slot, head)
     value_strides,
+    scale_strides,  # None: scales per token are not covered
     block_table_stride,
     scale,  # softmax scale in log2 units; with softcap: the cap in log2 units
     cap_scale,  # softcap's inner scale
@@ -218,6 +219,8 @@ def segment_decode_kernel(
     ROWS: tl.constexpr,  # of a tile of query rows that may be valid
     PRECISION: tl.constexpr,
     PAIRED_VALUES: tl.constexpr,
+    KV_FORMAT: tl.constexpr,
+    WIDENING: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -256,8 +259,9 @@ def segment_decode_kernel(
     cuts_rows = share <= SLOTS
 
     layer_scales, v_scale = load_scales(
-        q_scale_ptr, k_scale_ptr, v_scale_ptr, (scale, cap_scale), SOFTCAP
-    )
+        q_scale_ptr, k_scale_ptr, v_scale_ptr, scale_strides, (scale, cap_scale),
+        SOFTCAP,
+    )  # fmt: skip
     dims = tl.arange(0, HEAD_PADDED)
     TILES: tl.constexpr = SEGMENT // TILE
 
@@ -296,19 +300,20 @@ def segment_decode_kernel(
         head_values = value_ptr + kv_head.to(tl.int64) * value_strides[2]
         block_row = block_table_ptr + sequence.to(tl.int64) * block_table_stride
         row_tiles = (first_key // TILE, tl.cdiv(seq_len, TILE))
-        acc, row_max, row_sum = start_state(BLOCK_M, HEAD_PADDED, None)
+        acc, row_max, row_sum = start_state(BLOCK_M, HEAD_PADDED, None, None)
         for segment in range(begin, end):
             first_tile = (first_segment + segment) * TILES
             later, later_max, later_sum = attend_tiles(
-                start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES),
+                start_state(BLOCK_M, HEAD_PADDED, PAIRED_VALUES, KV_FORMAT),
                 query, position, head_keys, head_values,
                 key_strides, value_strides, block_row,
                 clip(row_tiles, first_tile, first_tile + TILES),
-                (first_key, seq_len), scales, sight, None,
+                (first_key, seq_len), scales, sight, None, None,
                 CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True, TILE, BLOCK_SIZE,
-                HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, True,
+                HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, KV_FORMAT, WIDENING,
+                True,
             )  # fmt: skip
-            later = whole(later, BLOCK_M, HEAD_PADDED, PAIRED_VALUES)
+            later = whole(later, BLOCK_M, HEAD_PADDED, PAIRED_VALUES, KV_FORMAT)
             if begin > 0:
                 store_state(
                     partials, slot + 1 + segment - begin, later, later_max, later_sum,

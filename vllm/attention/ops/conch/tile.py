@@ -15,6 +15,16 @@ of heads.
 from vllm.triton_utils import tl, triton
 
 from .fp8 import divide_to_fp8
+from .kv_format import (
+    halve_query,
+    load_token_scales,
+    scaled_softmax_step,
+    take_zeros,
+    unpack_bytes,
+    unpack_nibbles,
+    unpack_quads,
+    widen,
+)
 from .limits import is_in_limits
 from .softmax import (
     LN_2,
@@ -101,16 +111,32 @@ def fold(scales, factor, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def load_scales(q_scale_ptr, k_scale_ptr, v_scale_ptr, scales, SOFTCAP: tl.constexpr):
-    """The scales with q_scale and the cache's k_scale in them, and its v_scale."""
+def load_scales(
+    q_scale_ptr, k_scale_ptr, v_scale_ptr, scale_strides, scales, SOFTCAP: tl.constexpr
+):
+    """The scales with q_scale and the cache's k_scale in them, and its v_scale.
+
+    Scales per token and head, those that have strides, are left for `attend_tiles`.
+    """
     v_scale = 1.0
     if q_scale_ptr is not None:
         scales = fold(scales, tl.load(q_scale_ptr), SOFTCAP)
-    if k_scale_ptr is not None:
+    if k_scale_ptr is not None and scale_strides is None:
         scales = fold(scales, tl.load(k_scale_ptr), SOFTCAP)
-    if v_scale_ptr is not None:
+    if v_scale_ptr is not None and scale_strides is None:
         v_scale = tl.load(v_scale_ptr)
     return scales, v_scale
+
+
+@triton.jit
+def scales_of_head(k_scale_ptr, v_scale_ptr, scale_strides, kv_head):
+    """One head's scales per token of K and of V, for `load_token_scales`."""
+    key_strides, value_strides = scale_strides
+    kv_head = kv_head.to(tl.int64)
+    return (
+        (k_scale_ptr + kv_head * key_strides[2], key_strides),
+        (v_scale_ptr + kv_head * value_strides[2], value_strides),
+    )
 
 
 @triton.jit
@@ -226,6 +252,9 @@ def weigh_tile(
     scales,  # (softmax scale in log2 units, softcap's inner scale)
     sight,  # (window: keys that a query sees, itself included; slopes [M] or None;
     # the rows' limits, which replace causality and window, or None)
+    # (scales of K, of V, zero points of an int4 K), [TILE] each, or None: one for all;
+    # of int4 query and key are halves, see `weigh_halves`
+    token_scales,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -233,13 +262,22 @@ def weigh_tile(
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
+    KV_FORMAT: tl.constexpr,
     FIXED_ORDER: tl.constexpr,
 ):
-    """Weights [M, TILE] of a tile of keys, and the new softmax state."""
+    """Weights [M, TILE] of a tile of keys, and the new softmax state.
+
+    With scales per token the weights are multiplied by those of V.
+    """
     keys = start + tl.arange(0, TILE)
     valid = (keys >= keys_range[0]) & (keys < keys_range[1])
     # scores: [M, TILE]
-    scores = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
+    if KV_FORMAT == "int4":
+        scores = weigh_halves(query, key, token_scales[2], PRECISION)
+    else:
+        scores = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
+    if token_scales is not None:
+        scores = scores * token_scales[0][None, :]
     if SOFTCAP:
         scores = softcap(scores, scales[1])
     window, slopes, limits = sight
@@ -259,9 +297,28 @@ def weigh_tile(
                 visible = visible & (keys[None, :] < position[:, None] + window)
         scores = tl.where(visible, scores, float("-inf"))
     if FIXED_ORDER:
-        return softmax_step_in_order(scores, scale, row_max, row_sum)
+        tl.static_assert(token_scales is None)
+        step = softmax_step_in_order(scores, scale, row_max, row_sum)
+    elif token_scales is None:
+        step = softmax_step(scores, scale, row_max, row_sum, MASKED)
     else:
-        return softmax_step(scores, scale, row_max, row_sum, MASKED)
+        step = scaled_softmax_step(scores, scale, token_scales[1], row_max, row_sum)
+    return step
+
+
+@triton.jit
+def weigh_halves(query, key, zeros, PRECISION: tl.constexpr):
+    """Scores [M, TILE] of keys that are zeros [TILE] too large.
+
+    Args:
+        query: even and odd elements [M, D / 2] of the rows, and their sums [M].
+        key: even and odd elements [D / 2, TILE].
+        zeros: [TILE].
+        PRECISION: of products of fp32.
+    """
+    scores = tl.dot(query[0], key[0], input_precision=PRECISION)
+    scores = tl.dot(query[1], key[1], scores, input_precision=PRECISION)
+    return scores - query[2][:, None] * zeros[None, :]
 
 
 @triton.jit
@@ -302,6 +359,7 @@ def attend_tiles(
     scales,
     sight,
     boxes,  # (descriptor of K, of V, KV head) for tiles within a page; None: pointers
+    token_scales,  # those of K and of V, see `load_token_scales`; None: one for all
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -313,6 +371,8 @@ def attend_tiles(
     HEAD_PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
     PAIRED_VALUES: tl.constexpr,
+    KV_FORMAT: tl.constexpr,  # see the module of this name, as for how to widen it
+    WIDENING: tl.constexpr,
     FIXED_ORDER: tl.constexpr = False,  # see `segments`
 ):
     """Attends a tile of query rows to consecutive tiles of keys; see `weigh_tile`.
@@ -321,6 +381,8 @@ def attend_tiles(
     can turn around for elements of 16 bits only. V is read in pairs of elements, and
     acc is a pair of [M, D / 2], of the even and of the odd elements. The value, if not
     None, says how `unpack_pairs` takes them apart.
+
+    int4 is read in fours of elements, and acc is four of [M, D / 4].
     """
     acc, row_max, row_sum = state
     MASK_DIMS: tl.constexpr = HEAD_SIZE != HEAD_PADDED
@@ -328,6 +390,13 @@ def attend_tiles(
         BLOCK_SIZE % TILE == 0 or TILE % BLOCK_SIZE == 0
     )
     dims = tl.arange(0, HEAD_PADDED)
+    # Bytes of a row of K, as loaded and without padding
+    KEY_WIDTH: tl.constexpr = HEAD_SIZE // 2 if KV_FORMAT == "int4" else HEAD_SIZE
+    if KV_FORMAT == "int4":
+        query_halves = halve_query(query)
+        dims = tl.arange(0, HEAD_PADDED // 2)
+        quad_dims = tl.arange(0, HEAD_PADDED // 4)
+        quad_ptr = value_ptr.to(tl.pointer_type(tl.int16))
     if PAIRED_VALUES is not None:
         even, odd = acc
         pair_dims = tl.arange(0, HEAD_PADDED // 2)
@@ -351,7 +420,7 @@ def attend_tiles(
             key = load_tile(
                 key_ptr + offsets[None, :] + dims[:, None],
                 valid[None, :],
-                (dims < HEAD_SIZE)[:, None],
+                (dims < KEY_WIDTH)[:, None],
                 MASKED,
                 MASK_DIMS,
             )
@@ -359,15 +428,50 @@ def attend_tiles(
             key = load_box(
                 key_box, kv_head, numbers[0], start % BLOCK_SIZE, TILE, HEAD_PADDED
             ).T
-        weights, decay, row_max, row_sum = weigh_tile(
-            start, row_max, row_sum, query, key, position, keys_range, scales, sight,
-            CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED, TILE, PRECISION,
-            FIXED_ORDER,
-        )  # fmt: skip
+        if token_scales is None:
+            tile_scales: tl.constexpr = None
+        else:
+            key_scales = load_token_scales(token_scales[0], page, slot, valid, MASKED)
+            value_scales = load_token_scales(token_scales[1], page, slot, valid, MASKED)
+            if KV_FORMAT == "int4":
+                key_scales, key_zeros = take_zeros(key_scales)
+                value_scales, value_zeros = take_zeros(value_scales)
+                tile_scales = (key_scales, value_scales, key_zeros)
+            else:
+                tile_scales = (key_scales, value_scales)
+        if KV_FORMAT == "int4":
+            weights, decay, row_max, row_sum = weigh_tile(
+                start, row_max, row_sum, query_halves,
+                unpack_nibbles(key, query.dtype, WIDENING),
+                position, keys_range, scales, sight, tile_scales,
+                CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED, TILE, PRECISION,
+                KV_FORMAT, FIXED_ORDER,
+            )  # fmt: skip
+        else:
+            if KV_FORMAT is not None:
+                key = widen(key, KV_FORMAT, query.dtype, WIDENING)
+            weights, decay, row_max, row_sum = weigh_tile(
+                start, row_max, row_sum, query, key,
+                position, keys_range, scales, sight, tile_scales,
+                CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED, TILE, PRECISION,
+                KV_FORMAT, FIXED_ORDER,
+            )  # fmt: skip
         weights = weights.to(query.dtype)
         # V: [TILE, D], or [TILE, D / 2] pairs
         offsets = (page * value_strides[0] + slot * value_strides[1])[:, None]
-        if PAIRED_VALUES is not None:
+        if KV_FORMAT == "int4":
+            quads = load_tile(
+                quad_ptr + offsets // 2 + quad_dims[None, :],
+                valid[:, None],
+                (quad_dims < HEAD_SIZE // 4)[None, :],
+                MASKED,
+                MASK_DIMS,
+            )
+            acc = attend_quads(
+                weights, unpack_quads(quads, query.dtype, WIDENING), value_zeros,
+                acc, decay, PRECISION,
+            )  # fmt: skip
+        elif PAIRED_VALUES is not None:
             pairs = load_tile(
                 pair_ptr + offsets // 2 + pair_dims[None, :],
                 valid[:, None],
@@ -375,9 +479,14 @@ def attend_tiles(
                 MASKED,
                 MASK_DIMS,
             )
-            value, value_odd = unpack_pairs(
-                pairs, value_ptr.dtype.element_ty, query.dtype, PAIRED_VALUES
-            )
+            if KV_FORMAT is None:
+                value, value_odd = unpack_pairs(
+                    pairs, value_ptr.dtype.element_ty, query.dtype, PAIRED_VALUES
+                )
+            else:
+                value, value_odd = unpack_bytes(
+                    pairs, KV_FORMAT, query.dtype, PAIRED_VALUES
+                )
             even = tl.dot(weights, value, even * decay[:, None])
             odd = tl.dot(weights, value_odd, odd * decay[:, None])
         else:
@@ -388,7 +497,8 @@ def attend_tiles(
                     (dims < HEAD_SIZE)[None, :],
                     MASKED,
                     MASK_DIMS,
-                ).to(query.dtype)
+                )
+                value = widen(value, KV_FORMAT, query.dtype, WIDENING)
             else:
                 value = load_box(
                     value_box, kv_head, numbers[0], start % BLOCK_SIZE,
@@ -405,11 +515,39 @@ def attend_tiles(
 
 
 @triton.jit
+def attend_quads(weights, values, zeros, acc, decay, PRECISION: tl.constexpr):
+    """The accumulator after one tile of an int4 V that is zeros [TILE] too large.
+
+    Args:
+        weights: [M, TILE], rounded as the products take them.
+        values: four of [TILE, D / 4], the elements at places 0, 1, 2 and 3 of four.
+        zeros: [TILE].
+        acc: four of [M, D / 4].
+        decay: [M] factor of acc.
+        PRECISION: of products of fp32.
+    """
+    excess = tl.sum(weights.to(tl.float32) * zeros[None, :], 1)[:, None]
+    decay = decay[:, None]
+    return (
+        tl.dot(weights, values[0], acc[0] * decay - excess, input_precision=PRECISION),
+        tl.dot(weights, values[1], acc[1] * decay - excess, input_precision=PRECISION),
+        tl.dot(weights, values[2], acc[2] * decay - excess, input_precision=PRECISION),
+        tl.dot(weights, values[3], acc[3] * decay - excess, input_precision=PRECISION),
+    )
+
+
+@triton.jit
 def start_state(
-    BLOCK_M: tl.constexpr, HEAD_PADDED: tl.constexpr, PAIRED_VALUES: tl.constexpr
+    BLOCK_M: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    PAIRED_VALUES: tl.constexpr,
+    KV_FORMAT: tl.constexpr,
 ):
     """What `attend_tiles` starts from."""
-    if PAIRED_VALUES is not None:
+    if KV_FORMAT == "int4":
+        quarter = tl.zeros([BLOCK_M, HEAD_PADDED // 4], tl.float32)
+        acc = (quarter, quarter, quarter, quarter)
+    elif PAIRED_VALUES is not None:
         half = tl.zeros([BLOCK_M, HEAD_PADDED // 2], tl.float32)
         acc = (half, half)
     else:
@@ -420,10 +558,17 @@ def start_state(
 
 @triton.jit
 def whole(
-    acc, BLOCK_M: tl.constexpr, HEAD_PADDED: tl.constexpr, PAIRED_VALUES: tl.constexpr
+    acc,
+    BLOCK_M: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    PAIRED_VALUES: tl.constexpr,
+    KV_FORMAT: tl.constexpr,
 ):
     """[M, D] accumulator of the state of `attend_tiles`."""
-    if PAIRED_VALUES is not None:
+    if KV_FORMAT == "int4":
+        fours = tl.join(tl.join(acc[0], acc[2]), tl.join(acc[1], acc[3]))
+        joined = tl.reshape(fours, [BLOCK_M, HEAD_PADDED])
+    elif PAIRED_VALUES is not None:
         joined = tl.reshape(tl.join(acc[0], acc[1]), [BLOCK_M, HEAD_PADDED])
     else:
         joined = acc

@@ -3,7 +3,6 @@
 """Attention of ragged batches over a paged KV cache."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,22 +22,30 @@ from .checks import (
 )
 from .decode import decode_kernel
 from .fp8 import FP8_DTYPES, storage_view, triton_fp8
+from .hopper_prefill import HopperLaunch
 from .launch import Launch, describe_pages
 from .plan import (
     BLOCK_SIZE_MULTIPLE,
     HEAD_SIZES,
+    INT4_HEAD_MULTIPLE,
+    KV_INT4_DTYPE,
+    KV_INTEGER_DTYPES,
+    KV_SCALED_DTYPES,
     QUERY_DTYPES,
     QUERY_FP8_DTYPE,
     AttentionPlan,
     Config,
     Shape,
     kv_dtypes_for,
-    unsupported_kv_dtype,
+    reads_e4m3,
+    this_device,
 )
 from .prefill import prefill_kernel
+from .rotation import block_size, rotate, split_norm
 from .schedule import Sight, VarlenSchedule, check_window, count_ranges, make_sight
 from .segments import segment_decode_kernel
 from .softmax import LOG2_E
+from .token_head_cache import offset_in_page
 
 FEATURES = (
     "sinks",
@@ -54,8 +61,12 @@ PER_SEQUENCE = ("causal", "mm_prefix_range", "prefix_lens")
 # What the Hopper prefill kernels do not take.
 PORTABLE = {
     "16-bit": {"q_scale", "k_scale", "v_scale", *FEATURES} - {"sinks"},
-    "fp8": set(FEATURES),
+    "fp8": set(FEATURES) - {"sinks"},
 }
+
+
+# Formats of the cache that kernels read as bytes.
+BYTES = ("e4m3fn", "e4m3fnuz")
 
 
 class Options(NamedTuple):
@@ -67,6 +78,7 @@ class Options(NamedTuple):
     sight: Sight
     alibi_sqrt: bool
     odd_values: bool  # value_cache begins at an odd address
+    value_offset: int | None  # see `offset_in_page`
     shape: Shape
     plan: AttentionPlan
     num_workers: int
@@ -101,7 +113,17 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
         "Pass a view with query's head size, such as cache.transpose(1, 2) of an HND"
         " cache or one half of a page that packs K and V."
     )
-    check_shape("key_cache", key_cache, pages, (None, None, None, head_size), advice)
+    row = head_size
+    if key_cache.dtype == KV_INT4_DTYPE:
+        row = head_size // 2
+        advice = (
+            "torch.uint8 stands for int4, two elements to a byte. View a cache of other"
+            " bytes with cache.view(torch.float8_e4m3fn)."
+        )
+        if head_size % INT4_HEAD_MULTIPLE:
+            allowed = f"a multiple of {INT4_HEAD_MULTIPLE} with an int4 cache"
+            reject("query", f"head_size {head_size}", allowed)
+    check_shape("key_cache", key_cache, pages, (None, None, None, row), advice)
     advice = "View a cache of bytes with cache.view(torch.float8_e4m3fn)."
     check_dtype("key_cache", key_cache, kv_dtypes_for(query.dtype), advice)
     _, block_size, num_kv_heads, _ = key_cache.shape
@@ -117,8 +139,11 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
     check_dtype("value_cache", value_cache, (key_cache.dtype,), advice)
     for name in ("query", "output", "key_cache", "value_cache"):
         check_last_stride(name, specs[name])
-    if reason := unsupported_kv_dtype(key_cache.dtype, key_cache.device):
-        reject("key_cache", key_cache.dtype, *reason)
+    if query.dtype == QUERY_FP8_DTYPE and not reads_e4m3(
+        query.dtype, this_device(query.device.index)
+    ):
+        allowed = "a dtype of 16 or 32 bits: this device has no instruction for fp8"
+        reject("query", query.dtype, allowed, "Its cache may stay in fp8.")
 
     check_integers("query_start_loc", specs, ("num_seqs + 1",))
     check_integers("seq_lens", specs, ("num_seqs",))
@@ -143,12 +168,71 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
         check_integers("mm_prefix_range", specs, ("num_seqs", "num_ranges", "2"))
     if "prefix_lens" in specs:
         check_integers("prefix_lens", specs, ("num_seqs",))
-    for name in ("q_scale", "k_scale", "v_scale", "output_scale"):
+    for name in ("q_scale", "output_scale"):
         if spec := specs.get(name):
             check_scale(name, spec, "query", query)
+    check_cache_scales(specs)
     for name, spec in specs.items():
         check_device(name, spec, "query", query)
     return specs
+
+
+def check_fours(specs: dict[str, TensorSpec], address: int) -> None:
+    """Rejects an int4 V whose rows cannot be read in fours of elements."""
+    strides = free_strides(specs["value_cache"])[:-1]
+    if any(number % 2 for number in (address, *strides)):
+        got = f"strides {list(strides)}, address {address}"
+        reject("value_cache", got, "even numbers with an int4 cache")
+
+
+def rotated_specs(specs: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The specs that kernels see of an int4 cache: query, and output if in fp8, copied.
+
+    The rotation at the end divides by output_scale.
+    """
+    query = specs["query"]
+    _, num_heads, head_size = query.shape
+    copy = query._replace(strides=(num_heads * head_size, head_size, 1))
+    specs = specs | {"query": copy}
+    if "output_scale" in specs:
+        specs["output"] = copy
+        del specs["output_scale"]
+    return specs
+
+
+def check_cache_scales(specs: dict[str, TensorSpec]) -> None:
+    """Rejects scales that are neither one for all nor one per token and head."""
+    key_cache, query = specs["key_cache"], specs["query"]
+    names = ("k_scale", "v_scale")
+    if not has_token_scales(specs):
+        if key_cache.dtype in KV_INTEGER_DTYPES:
+            allowed = "one per token and head, as the cache is in integers"
+            got = (
+                f"shape {list(specs['k_scale'].shape)}" if "k_scale" in specs else None
+            )
+            reject("k_scale", got, f"[num_blocks, block_size, num_kv_heads], {allowed}")
+        for name in names:
+            if spec := specs.get(name):
+                check_scale(name, spec, "query", query)
+        return
+    if key_cache.dtype not in KV_SCALED_DTYPES or query.dtype == QUERY_FP8_DTYPE:
+        reject(
+            "k_scale",
+            f"shape {list(specs['k_scale'].shape)} with query {query.dtype}, "
+            f"key_cache {key_cache.dtype}",
+            "one element for query and cache of these dtypes",
+            f"Scales per token go with {', '.join(map(str, KV_SCALED_DTYPES))}.",
+        )
+    dims = ("num_blocks", "block_size", "num_kv_heads")
+    for name in names:
+        if name not in specs:
+            reject(name, None, "a tensor, as there are scales of K per token and head")
+        check_shape(name, specs[name], dims, key_cache.shape[:3])
+        check_dtype(name, specs[name], (torch.float32,))
+
+
+def has_token_scales(specs: dict[str, TensorSpec]) -> bool:
+    return "k_scale" in specs and len(specs["k_scale"].shape) == 3
 
 
 def check_integers(
@@ -185,12 +269,12 @@ def check_options(
 
 
 def check_schedule(specs: dict[str, TensorSpec], shape: Shape) -> None:
-    given = shape_of(*(specs[name] for name in ("query", "key_cache")))
+    given = shape_of(*(specs.get(name) for name in ("query", "key_cache", "k_scale")))
     if given != shape:
         reject("schedule", f"one made for {shape}", f"one made for {given}")
 
 
-def shape_of(query, key_cache) -> Shape:
+def shape_of(query, key_cache, k_scale) -> Shape:
     """The layer's shape, from tensors or from their specs."""
     return Shape(
         query.shape[1],
@@ -199,6 +283,7 @@ def shape_of(query, key_cache) -> Shape:
         key_cache.shape[1],
         query.dtype,
         key_cache.dtype,
+        k_scale is not None and len(k_scale.shape) == 3,
     )
 
 
@@ -247,9 +332,9 @@ WGMMA_ROWS = 64
 
 
 def reads_pairs(query: TensorSpec, value_cache: TensorSpec, odd: bool) -> bool:
-    """Whether V, in fp8, can be read as pairs of elements; odd: its address is."""
+    """Whether V, in 8 bits, can be read as pairs of elements; odd: its address is."""
     return (
-        value_cache.dtype in FP8_DTYPES
+        value_cache.dtype in (*FP8_DTYPES, torch.int8)
         and not odd
         and query.dtype != torch.float32
         and value_cache.shape[-1] % 2 == 0
@@ -277,7 +362,8 @@ class Launches(NamedTuple):
     decode: Launch
     prefill: Launch
     boxes: Launch | None  # prefill with K and V in boxes, where addresses suit
-    hopper: bool  # strides and options suit the Hopper prefill kernel of the plan
+    # Prefill by the Hopper kernel of the plan, where addresses suit.
+    hopper: HopperLaunch | None
 
 
 # By what `layer_key` says of a call.
@@ -287,18 +373,27 @@ LAUNCHES: dict[tuple, Launches] = {}
 def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
     """Plans the launches for a layer shape."""
     shape, plan = options.shape, options.plan
-    score_scale, cap_scale = options.scale * LOG2_E, 0.0
+    scale = options.scale
+    if plan.kv_format == "int4":
+        scale /= split_norm(shape.head_size)[1]
+    score_scale, cap_scale = scale * LOG2_E, 0.0
     if options.softcap:
         score_scale = options.softcap * LOG2_E
-        cap_scale = 2 * LOG2_E * options.scale / options.softcap
+        cap_scale = 2 * LOG2_E * scale / options.softcap
     lse = specs.get("output_lse")
     sight = options.sight
+    strides = [free_strides(specs[name])[:3] for name in ("key_cache", "value_cache")]
+    scale_strides, stride_unit = None, 1
+    if shape.token_scales:
+        scale_strides = tuple(free_strides(specs[n]) for n in ("k_scale", "v_scale"))
+        stride_unit = math.gcd(16, *strides[0], *strides[1])
+        strides = [tuple(s // stride_unit for s in three) for three in strides]
     arguments = (
         row_strides(specs["output"]),
         lse.strides[0] if lse else 0,
         row_strides(specs["query"]),
-        free_strides(specs["key_cache"])[:3],
-        free_strides(specs["value_cache"])[:3],
+        *strides,
+        scale_strides,
         specs["block_table"].strides[0],
         score_scale,
         cap_scale,
@@ -317,15 +412,18 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         LIMITED=sight.chunk_lookback >= 0 or not specs.keys().isdisjoint(PER_SEQUENCE),
         FP8=triton_fp8(specs["output"].dtype) if quantized else None,
         FP8_MAX=torch.finfo(specs["output"].dtype).max if quantized else None,
+        KV_FORMAT=plan.kv_format,
+        WIDENING=plan.unpacking if plan.kv_format else None,
         **sight.constants(),
     )
+    layout = dict(STRIDE_UNIT=stride_unit, VALUE_OFFSET=options.value_offset)
     pairs = None
     if reads_pairs(specs["query"], specs["value_cache"], options.odd_values):
         pairs = plan.unpacking
-    kernel, segments = decode_kernel, {}
+    kernel, special = decode_kernel, layout
     if plan.segment is not None:
         kernel = segment_decode_kernel
-        segments = dict(
+        special = dict(
             SEGMENT=plan.segment,
             SLOTS=options.segment_slots,
             ROWS=plan.segment_rows,
@@ -337,7 +435,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         dict(
             NUM_KV_HEADS=shape.num_kv_heads,
             PAIRED_VALUES=pairs if plan.decode.block_m < WGMMA_ROWS else None,
-            **segments,
+            **special,
             **variant,
             **plan.decode.constants(),
         ),
@@ -355,6 +453,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
                 MASKED_TILE=config.masked_tile or config.tile,
                 SEGMENT=plan.segment,
                 PAIRED_VALUES=pairs if config.block_m < WGMMA_ROWS else None,
+                **layout,
                 **variant,
                 **config.constants(),
             ),
@@ -365,15 +464,114 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         specs["key_cache"], specs["value_cache"]
     ):
         boxes = plan_prefill(plan.prefill_boxes)
-    hopper = (
+    hopper = None
+    if (
         plan.hopper is not None
         and sight.chunk_lookback < 0
         and specs.keys().isdisjoint(PORTABLE[plan.hopper])
         and specs["output"].dtype in hopper_prefill.DTYPES
         and (lse is None or lse.strides[0] == shape.num_query_heads)
         and strides_suit_tma(specs["query"], specs["key_cache"], specs["value_cache"])
-    )
+    ):
+        module = hopper_fp8_prefill if plan.hopper == "fp8" else hopper_prefill
+        hopper = module.plan_launch(
+            *(specs[n] for n in ("query", "key_cache", "output", "block_table")),
+            pack=plan.prefill_pack,
+            scale=options.scale,
+            causal=options.causal,
+            sliding_window=sight.sliding_window,
+            softcap=options.softcap,
+        )
     return Launches(decode, plan_prefill(plan.prefill), boxes, hopper)
+
+
+class PreparedAttention:
+    """A checked call of `varlen_attention`, to be repeated with other queries.
+
+    A repetition attends to the same caches with the same options, through the same
+    schedule and block table. It is right for every batch that the schedule is updated
+    for while `schedule.choice` stays, as long as caches, block table and what the
+    options name stay where they are, and queries and outputs keep their dtypes and
+    strides. None of that is checked again.
+    """
+
+    def __init__(
+        self,
+        launches: Launches,
+        schedule: VarlenSchedule,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        scales: tuple[torch.Tensor | None, ...],
+        features: tuple[torch.Tensor | None, ...],
+    ) -> None:
+        """Binds the launches to what all calls have in common.
+
+        Args:
+            launches: of the layer's shape.
+            schedule: updated for the first batch.
+            key_cache: as for `varlen_attention`.
+            value_cache: likewise.
+            block_table: likewise.
+            scales: those of query, keys and values.
+            features: as in FEATURES.
+        """
+        self.schedule = schedule
+        plan, shape = schedule.plan, schedule.shape
+        self.prefill_grid = (
+            shape.num_query_heads // plan.prefill_pack,
+            plan.prefill_rows // plan.prefill.block_m,  # for each item
+        )
+        caches, options = (key_cache, value_cache), (*scales, *features)
+        self.decode = launches.decode.bind(
+            *caches,
+            block_table,
+            schedule.workers,
+            schedule.sequences,
+            *schedule.partials,
+            schedule.arrivals,
+            *options,
+        )
+        self.hopper, self.boxes = None, (None, None)
+        prefill, config, aligned = (
+            launches.prefill,
+            plan.prefill_boxes,
+            is_aligned(*caches),
+        )
+        if launches.hopper and aligned:
+            launch, self.query_box, page_box = launches.hopper
+            self.pages = [hopper_prefill.describe_tensor(c, page_box) for c in caches]
+            work = (schedule.items, block_table)
+            sinks = features[FEATURES.index("sinks")]
+            self.hopper = launch.bind(
+                sinks, *work, *(scales if plan.hopper == "fp8" else ())
+            )
+        if config and launches.boxes and aligned:
+            prefill, box = launches.boxes, (config.tile, shape.head_padded)
+            self.boxes = (
+                describe_pages(key_cache, *box),
+                describe_pages(value_cache, *box),
+            )
+        self.prefill = prefill.bind(*caches, block_table, schedule.items, *options)
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        output_lse: torch.Tensor | None = None,
+    ) -> None:
+        """Attends; arguments as for `varlen_attention`, an output in fp8 as bytes."""
+        self.decode(output, output_lse, query)
+        num_items = self.schedule.work.shape[0]
+        if num_items == 0:
+            return
+        if self.hopper is not None and is_aligned(query):
+            queries = hopper_prefill.describe_tensor(query, self.query_box)
+            self.hopper(output, output_lse, varying=(num_items, queries, *self.pages))
+        else:
+            head_tiles, item_tiles = self.prefill_grid
+            grid = (head_tiles, num_items * item_tiles)
+            self.prefill(output, output_lse, query, varying=self.boxes, grid=grid)
 
 
 def varlen_attention(
@@ -403,7 +601,7 @@ def varlen_attention(
     prefix_lens: torch.Tensor | None = None,
     chunk_lookback: int = -1,
     output_scale: torch.Tensor | None = None,
-) -> None:
+) -> PreparedAttention | None:
     """Attends every sequence's new tokens to all of its keys and values.
 
     The last query_len of a sequence's seq_len tokens are new; those before are its
@@ -416,7 +614,8 @@ def varlen_attention(
             float8_e4m3fn over a cache of the same; rows past query_start_loc[-1] are
             padding.
         key_cache: [num_blocks, block_size, num_kv_heads, head_size] of query's dtype
-            or float8, any strides but 1 in the last dimension.
+            or float8, int8, or for int4 uint8 [..., head_size / 2] as `kv_format`
+            says; any strides but 1 in the last dimension.
         value_cache: as key_cache, with strides of its own.
         output: [num_tokens, num_query_heads, head_size] of query's dtype, for a query
             in float8 of float16, bfloat16 or float32; written in place, rows of no
@@ -433,8 +632,10 @@ def varlen_attention(
         sliding_window: a token sees only this many keys, its own included; if not
             causal, keys less than this far away on both sides. None: all.
         q_scale: [1] float32, what the query was divided by.
-        k_scale: [1] float32, what the cached keys were divided by.
-        v_scale: [1] float32, what the cached values were divided by.
+        k_scale: [1] float32, what the cached keys were divided by, or with e4m3, and
+            always with integers, [num_blocks, block_size, num_kv_heads] float32, any
+            strides: what each token's key was divided by, positive.
+        v_scale: the same of the cached values.
         output_lse: [num_tokens, num_query_heads] float32, receives the natural
             logarithm of each row's softmax denominator, the sink included; -inf where
             that is 0.
@@ -453,12 +654,17 @@ def varlen_attention(
         mm_prefix_in_window: of its range a token does not see what lies before its
             window.
         prefix_lens: [num_seqs] int32; tokens see so many keys from the beginning,
-            besides those in the window. Only with a window, and causal.
+            besides those in the window. Only with a window, and causal. The keys and
+            values between are not seen, but are read: they must be finite.
         chunk_lookback: 0 or more: the window is not that of each token; the sequence
             is cut into chunks of sliding_window // (chunk_lookback + 1) keys, and a
             token sees its own and so many before. Only if causal. -1: no chunks.
         output_scale: [1] float32; output is float8 and gets the result divided by this,
             limited to the format's finite numbers.
+
+    Returns:
+        What attends again, without checks, where only query and output are others; None
+        for an empty batch without a schedule, and with an int4 cache.
 
     Raises:
         ValueError: naming the argument that is not supported.
@@ -500,11 +706,11 @@ def varlen_attention(
         check_arguments(tensors)
         num_seqs, num_tokens = seq_lens.shape[0], query.shape[0]
         if num_seqs == 0 or num_tokens == 0:
-            return
+            return None
         schedule = VarlenSchedule(
             max_num_seqs=num_seqs,
             max_num_tokens=num_tokens,
-            **shape_of(query, key_cache)._asdict(),
+            **shape_of(query, key_cache, k_scale)._asdict(),
             device=query.device,
             sliding_window=sliding_window,
             chunk_lookback=chunk_lookback,
@@ -528,6 +734,9 @@ def varlen_attention(
         (flags, mm_prefix_range, prefix_lens) if has_features else (),
     )
     shape, plan = schedule.shape, schedule.plan
+    value_offset = None
+    if shape.token_scales:
+        value_offset = offset_in_page(key_cache, value_cache)
     options = Options(
         scale,
         all_causal,
@@ -535,6 +744,7 @@ def varlen_attention(
         sight,
         alibi_sqrt,
         value_cache.data_ptr() % 2 == 1,
+        value_offset,
         shape,
         plan,
         schedule.num_workers,
@@ -546,71 +756,46 @@ def varlen_attention(
         check_options(scale, softcap, all_causal, sight, max_query_len)
         specs = check_arguments(tensors)
         check_schedule(specs, shape)
+        if plan.kv_format == "int4":
+            check_fours(specs, value_cache.data_ptr())
+            specs = rotated_specs(specs)
         launches = LAUNCHES[key] = prepare(specs, options)
+    output_dtype = output.dtype
     if output_scale is not None:
         output = storage_view(output)
-    launches.decode(
-        output,
-        output_lse,
-        query,
+    attended, is_int4 = output, plan.kv_format == "int4"
+    if is_int4:
+        rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        divisor = split_norm(shape.head_size)[0]
+        num_tokens = query_start_loc[-1:]
+        rotate(rotated, query, num_tokens, shape.head_padded, divisor=divisor)
+        if output_scale is not None:
+            attended = torch.empty_like(rotated)
+            features = (*features[:-1], None)
+        query = rotated
+    elif plan.kv_format in BYTES:
+        key_cache = key_cache.view(torch.uint8)
+        value_cache = value_cache.view(torch.uint8)
+    prepared = PreparedAttention(
+        launches,
+        schedule,
         key_cache,
         value_cache,
         block_table,
-        schedule.workers,
-        schedule.sequences,
-        *schedule.partials,
-        schedule.arrivals,
-        q_scale,
-        k_scale,
-        v_scale,
-        *features,
+        (q_scale, k_scale, v_scale),
+        features,
     )
-    num_items = schedule.work.shape[0]
-    if num_items == 0:
-        return
-    if launches.hopper and is_aligned(query, key_cache, value_cache):
-        prefill: Callable[..., None] = hopper_prefill.hopper_prefill
-        extras: dict[str, torch.Tensor | None] = dict(sinks=sinks)
-        if plan.hopper == "fp8":
-            prefill = hopper_fp8_prefill.hopper_fp8_prefill
-            extras = dict(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
-        prefill(
-            query,
-            key_cache,
-            value_cache,
+    prepared(query, attended, output_lse)
+    if is_int4:
+        rotate(
             output,
-            block_table,
-            schedule.work,
-            pack=plan.prefill_pack,
-            scale=scale,
-            causal=causal,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            output_lse=output_lse,
-            **extras,
+            attended,
+            num_tokens,
+            shape.head_padded,
+            divisor=float(block_size(shape.head_size)),
+            inverse=True,
+            scale=output_scale,
+            fp8=output_dtype if output_scale is not None else None,
         )
-    else:
-        launch, boxes = launches.prefill, (None, None)
-        config = plan.prefill_boxes
-        if config and launches.boxes and is_aligned(key_cache, value_cache):
-            launch = launches.boxes
-            box = config.tile, shape.head_padded
-            boxes = describe_pages(key_cache, *box), describe_pages(value_cache, *box)
-        launch(
-            output,
-            output_lse,
-            query,
-            key_cache,
-            value_cache,
-            block_table,
-            schedule.work,
-            q_scale,
-            k_scale,
-            v_scale,
-            *features,
-            descriptors=boxes,
-            grid=(
-                shape.num_query_heads // plan.prefill_pack,
-                num_items * (plan.prefill_rows // plan.prefill.block_m),
-            ),
-        )
+        return None  # it would be without the rotations
+    return prepared

@@ -21,8 +21,18 @@ from vllm.attention.ops.conch import (
     varlen_attention,
 )
 from vllm.attention.ops.conch.hopper_prefill import DTYPES as HOPPER_DTYPES
-from vllm.attention.ops.conch.plan import Shape, hopper_kernel, this_device
-from vllm.attention.ops.conch.reshape_and_cache import min_large_tokens
+from vllm.attention.ops.conch.plan import (
+    INT4_HEAD_MULTIPLE,
+    KV_INT4_DTYPE,
+    Shape,
+    hopper_kernel,
+    this_device,
+)
+from vllm.attention.ops.conch.reshape_and_cache import (
+    PreparedWrite,
+    min_large_tokens,
+)
+from vllm.attention.ops.conch.varlen_attention import PreparedAttention
 from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     QuantKey,
@@ -30,9 +40,10 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends import conch_dcp
 from vllm.v1.attention.backends.conch_base import (
-    NEUTRAL_ARGUMENTS,
     PAGE_MULTIPLE,
+    TOKEN_HEAD_FORMATS,
     AttentionCGSupport,
     AttentionLayer,
     AttentionSpec,
@@ -44,11 +55,17 @@ from vllm.v1.attention.backends.conch_base import (
     attends_both_ways,
     bound_kv_cache,
     conch_impls,
+    host_seq_lens,
     is_batch_invariant,
     key_value_views,
     max_decode_query_len,
     mm_prefix_ranges,
+    rswa_prefix_lens,
+    rswa_window,
+    token_head_dtype,
+    token_scale_views,
 )
+from vllm.v1.attention.backends.conch_pages import BatchPages, pages_of_batch
 
 MIN_HEAD_SIZE = 16
 MAX_HEAD_SIZE = 512
@@ -57,8 +74,14 @@ MAX_HEAD_SIZE = 512
 # longer ones than the last need no other.
 WARM_UP_QUERY_LENS = (1, 2, 4, 8, 16, 32)
 
+# A prefix that holds every key: what a batch without prefix lengths is given.
+WHOLE_SEQUENCE = 2**31 - 1
+
 # Encoders attend to the keys and values of the batch itself, there is no cache.
 ENCODER_TYPES = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
+# Calls that a layer keeps: one for each kind of batch and each layout of its tensors.
+MAX_PREPARED = 256
+
 ATTENTION_TYPES = (
     AttentionType.DECODER,
     AttentionType.ENCODER_DECODER,
@@ -72,6 +95,8 @@ class ScheduleKey(NamedTuple):
     num_heads: int
     sliding_window: int | None
     mm_prefix_in_window: bool
+    chunk_lookback: int  # -1: a window, no chunks
+    sees_prompt: bool  # behind the window, too: R-SWA
 
 
 def fp8_cache_dtype(kv_cache_dtype: str) -> torch.dtype | None:
@@ -83,25 +108,25 @@ def fp8_cache_dtype(kv_cache_dtype: str) -> torch.dtype | None:
     return None
 
 
-def pages_of_batch(rows: torch.Tensor) -> torch.Tensor:
-    """K or V of a batch, seen as a paged cache that is not copied.
+def keep_prepared(calls: dict[tuple, Any], kind: tuple, call: Any) -> None:
+    """Keeps a prepared call; without end only if something never comes back."""
+    if len(calls) >= MAX_PREPARED:
+        calls.clear()
+    calls[kind] = call
 
-    Pages overlap: page i holds the PAGE_MULTIPLE tokens from token i on, so that a
-    sequence that begins at any token begins with a page of its own.
 
-    Args:
-        rows: [num_tokens, num_kv_heads, head_size], any strides.
+def row_width(head_size: int, dtype: torch.dtype | None) -> int:
+    """Elements of the cache that a token's K, or V, of one head takes."""
+    return head_size // 2 if dtype == KV_INT4_DTYPE else head_size
 
-    Returns:
-        [num_pages, PAGE_MULTIPLE, num_kv_heads, head_size]. Pages near the end are
-        not counted, as not all of their slots exist; kernels that read no slot past
-        a sequence's end find the others there.
-    """
-    # A tensor needs two pages for its stride from one to the next to count.
-    missing = PAGE_MULTIPLE + 1 - rows.shape[0]
-    if missing > 0:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, missing))
-    return rows.unfold(0, PAGE_MULTIPLE, 1).movedim(-1, 1)
+
+class Caches(NamedTuple):
+    """Views of a layer's cache; scales are those per token and head, if any."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    k_scale: torch.Tensor | None
+    v_scale: torch.Tensor | None
 
 
 def unsupported(
@@ -133,22 +158,35 @@ def unsupported(
     ):
         reasons.append(
             f"kv_cache_dtype {kv_cache_dtype} not supported with dtype {dtype}: it "
-            "must be auto, the same or an fp8 format"
+            "must be auto, the same or a quantised format"
         )
+    elif kv_cache_dtype in TOKEN_HEAD_FORMATS:
+        # Where the row of a head ends a scale begins, which is an fp32.
+        is_int4 = token_head_dtype(kv_cache_dtype) == KV_INT4_DTYPE
+        multiple = INT4_HEAD_MULTIPLE if is_int4 else 4
+        if head_size % multiple:
+            reasons.append(
+                f"kv_cache_dtype {kv_cache_dtype} not supported with head_size "
+                f"{head_size}: the size must be a multiple of {multiple}"
+            )
+        if is_batch_invariant():
+            reasons.append(
+                f"kv_cache_dtype {kv_cache_dtype} not supported with batch invariance: "
+                "use --kv-cache-dtype auto or fp8"
+            )
     if not backend.supports_attn_type(attn_type):
         reasons.append(
             f"attention type {attn_type} not supported: it must be one of "
             f"{', '.join(ATTENTION_TYPES)}"
         )
-    return reasons + unsupported_by_device(dtype, kv_cache_dtype, capability)
+    return reasons + unsupported_by_device(dtype, capability)
 
 
 def unsupported_by_device(
-    dtype: torch.dtype, kv_cache_dtype: str | None, capability: DeviceCapability | None
+    dtype: torch.dtype, capability: DeviceCapability | None
 ) -> list[str]:
     """The reasons that lie in the device: number formats that it lacks."""
     reasons = []
-    is_e4m3 = kv_cache_dtype in ("fp8", "fp8_e4m3")
     if current_platform.is_cuda() and capability is not None:
         version = capability.as_version_str()
         if dtype == torch.bfloat16 and capability < DeviceCapability(8, 0):
@@ -156,18 +194,10 @@ def unsupported_by_device(
                 f"dtype torch.bfloat16 needs compute capability 8.0, this device has "
                 f"{version}: use --dtype float16"
             )
-        if is_e4m3 and capability < DeviceCapability(8, 9):
-            reasons.append(
-                f"kv_cache_dtype {kv_cache_dtype} needs compute capability 8.9, this "
-                f"device has {version}: use --kv-cache-dtype fp8_e5m2 or auto"
-            )
-    if current_platform.is_rocm() and is_e4m3 and not current_platform.supports_fp8():
-        reasons.append(
-            f"kv_cache_dtype {kv_cache_dtype} needs a device with fp8 instructions: "
-            "use --kv-cache-dtype fp8_e5m2 or auto"
-        )
     return reasons
 
+
+NON_CAUSAL_RSWA = "non-causal attention with R-SWA not supported"
 
 # vLLM's short reasons, in whose place `unsupported` gives the whole ones.
 BRIEF_REASONS = (
@@ -192,6 +222,7 @@ class ConchAttentionBackend(ConchBackendBase):
         "fp8",
         "fp8_e4m3",
         "fp8_e5m2",
+        *TOKEN_HEAD_FORMATS,
     ]
 
     @staticmethod
@@ -244,6 +275,8 @@ class ConchAttentionBackend(ConchBackendBase):
                 )
             if reason not in brief:
                 reasons.append(reason)
+        if configuration.get("use_rswa") and configuration.get("use_non_causal"):
+            reasons.append(NON_CAUSAL_RSWA)
         return reasons
 
 
@@ -263,40 +296,9 @@ class ConchAttentionMetadata:
     slot_mapping: torch.Tensor  # [num_actual_tokens]; cross-attention: of K and V
     causal: bool | torch.Tensor  # a tensor: [num_reqs], a flag for each sequence
     mm_prefix_range: torch.Tensor | None  # [num_reqs, num_ranges, 2] seen both ways
+    prefix_lens: torch.Tensor | None  # [num_reqs] of R-SWA: tokens that all see
     schedules: dict[ScheduleKey, VarlenSchedule]
-
-
-class EncoderPages:
-    """Lengths and block table with which a batch's own K and V are a paged cache.
-
-    Written anew for each batch into buffers that CUDA graphs can keep.
-    """
-
-    def __init__(self, max_num_seqs: int, max_len: int, device: torch.device) -> None:
-        self.first_tokens = torch.arange(
-            0, max_len, PAGE_MULTIPLE, dtype=torch.int32, device=device
-        )
-        self.seq_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
-        self.block_table = torch.zeros(
-            max_num_seqs, len(self.first_tokens), dtype=torch.int32, device=device
-        )
-
-    def update(
-        self, query_start_loc: torch.Tensor, max_query_len: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """seq_lens and block_table for `pages_of_batch`: all of a sequence is query."""
-        num_seqs = query_start_loc.shape[0] - 1
-        starts, ends = query_start_loc[:-1], query_start_loc[1:]
-        seq_lens = self.seq_lens[:num_seqs]
-        block_table = self.block_table[:num_seqs]
-        num_pages = -(-max_query_len // PAGE_MULTIPLE)
-        torch.sub(ends, starts, out=seq_lens)
-        torch.add(
-            starts[:, None],
-            self.first_tokens[:num_pages],
-            out=block_table[:, :num_pages],
-        )
-        return seq_lens, block_table
+    share: conch_dcp.Share | None = None  # where ranks share the keys
 
 
 class ConchAttentionMetadataBuilder(ConchBuilderBase):
@@ -318,17 +320,27 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.decode_query_len = max_decode_query_len(vllm_config)
         self.schedules: dict[ScheduleKey, VarlenSchedule] = {}
-        self.encoder_pages: EncoderPages | None = None
+        self.encoder_pages: BatchPages | None = None
+        self.shares: conch_dcp.Shares | None = None
+        self.prefix_lens: torch.Tensor | None = None
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:
             for impl in conch_impls(layers[name]):
-                impl.see_layer(layers[name])
+                impl.see_layer(layers[name], kv_cache_spec)
                 if impl.schedule_key not in self.schedules:
                     schedule = impl.make_schedule(kv_cache_spec.block_size, device)
                     self.schedules[impl.schedule_key] = schedule
                     if impl.is_encoder and self.encoder_pages is None:
-                        self.encoder_pages = EncoderPages(
+                        self.encoder_pages = BatchPages(
                             schedule.max_num_seqs, schedule.max_num_tokens, device
+                        )
+                    if impl.num_shares > 1:
+                        if self.shares is None:
+                            self.shares = conch_dcp.Shares(impl.peers(), schedule)
+                        self.shares.add(impl, device)
+                    if impl.schedule_key.sees_prompt and self.prefix_lens is None:
+                        self.prefix_lens = torch.zeros(
+                            schedule.max_num_seqs, dtype=torch.int32, device=device
                         )
 
     @classmethod
@@ -356,19 +368,28 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             )
         else:
             longest = block_table.shape[1] * self.kv_cache_spec.block_size
+            if self.shares is not None:
+                longest *= self.shares.peers.size
             if common.max_seq_len > longest:
                 # Only dummy batches claim more than block tables have entries for.
                 seq_lens.clamp_(max=longest)
+        max_query_len = self.launch_query_len(common)
+        share = None
+        if self.shares is not None:
+            is_empty = self.has_no_context(common)
+            share = self.shares.build(len(seq_lens), max_query_len, is_empty)
         metadata = ConchAttentionMetadata(
             num_actual_tokens=common.num_actual_tokens,
-            max_query_len=self.launch_query_len(common),
+            max_query_len=max_query_len,
             query_start_loc=common.query_start_loc,
             seq_lens=seq_lens,
             block_table=block_table,
             slot_mapping=common.slot_mapping,
             causal=common.causal,
             mm_prefix_range=mm_prefix_ranges(common),
+            prefix_lens=self.update_prefix_lens(common),
             schedules=self.schedules,
+            share=share,
         )
         self.update_schedules(metadata)
         return metadata
@@ -381,6 +402,24 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         common_attn_metadata.seq_lens.fill_(1)
         return self.build(0, common_attn_metadata)
 
+    def update_prefix_lens(
+        self, common: CommonAttentionMetadata
+    ) -> torch.Tensor | None:
+        """The batch's prefix lengths in a buffer that CUDA graphs can keep.
+
+        A batch without them, as for a graph's capture, sees all keys: by the same
+        kernels, which can so replay any other.
+        """
+        if self.prefix_lens is None:
+            return None
+        prefix_lens = self.prefix_lens[: common.seq_lens.shape[0]]
+        lengths = rswa_prefix_lens(common)
+        if lengths is None:
+            return prefix_lens.fill_(WHOLE_SEQUENCE)
+        # Padding requests may have no length, and need none.
+        prefix_lens[: lengths.shape[0]].copy_(lengths, non_blocking=True)
+        return prefix_lens
+
     def launch_query_len(self, common: CommonAttentionMetadata) -> int:
         """The query length that a batch's kernels are chosen for.
 
@@ -389,20 +428,48 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         as many tokens. Other full graphs serve decodes, of up to decode_query_len
         tokens.
         """
-        mode = self.vllm_config.compilation_config.cudagraph_mode
-        if mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL:
+        if self.graphs_hold_any_batch():
             return common.num_actual_tokens
         return max(common.max_query_len, self.decode_query_len)
 
+    def graphs_hold_any_batch(self) -> bool:
+        """Whether CUDA graphs of mixed batches have the attention in them."""
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        return mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL
+
+    def has_no_context(self, common: CommonAttentionMetadata) -> bool:
+        """Whether the host knows of a batch that it is the beginning of sequences.
+
+        All ranks find the same. Never where a CUDA graph could keep it for others.
+        """
+        seq_lens = host_seq_lens(common)
+        is_decode = common.max_query_len <= self.decode_query_len
+        if seq_lens is None or is_decode or self.graphs_hold_any_batch():
+            return False
+        query_lens = common.query_start_loc_cpu.diff()
+        return bool((seq_lens[: len(query_lens)] <= query_lens).all())
+
     def update_schedules(self, metadata: ConchAttentionMetadata) -> None:
+        seq_lens, share = metadata.seq_lens, metadata.share
+        if share is not None:
+            share.update(
+                metadata.query_start_loc,
+                seq_lens,
+                metadata.max_query_len,
+                metadata.num_actual_tokens,
+            )
+            seq_lens = share.seq_lens
+            if share.is_empty:
+                return
         for key, schedule in self.schedules.items():
             schedule.update(
                 metadata.query_start_loc,
-                metadata.seq_lens,
+                seq_lens,
                 max_query_len=metadata.max_query_len,
                 num_tokens=metadata.num_actual_tokens,
                 mm_prefix_range=metadata.mm_prefix_range,
                 mm_prefix_in_window=key.mm_prefix_in_window,
+                prefix_lens=metadata.prefix_lens if key.sees_prompt else None,
             )
 
 
@@ -412,6 +479,11 @@ class ConchAttentionImpl(ConchImplBase):
     Raises:
         ValueError: with every reason, if CONCH cannot run the layer.
     """
+
+    can_return_lse_for_decode: bool = True
+    # New tokens are attended to apart from the shares of the context.
+    supports_mtp_with_cp_non_trivial_interleave_size: bool = True
+    num_shares: int = 1  # ranks that share the keys of the layer
 
     def __init__(
         self,
@@ -427,6 +499,8 @@ class ConchAttentionImpl(ConchImplBase):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
         use_alibi_sqrt: bool = False,
+        chunk_lookback: int = -1,
+        attention_chunk_size: int | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__()
@@ -434,30 +508,51 @@ class ConchAttentionImpl(ConchImplBase):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_size = head_size
         self.scale = float(scale)
-        self.sliding_window = sliding_window
         self.softcap = logits_soft_cap or 0.0
         self.kv_cache_dtype = kv_cache_dtype
         self.attn_type = attn_type
         self.is_encoder = attn_type in ENCODER_TYPES
         self.fp8_dtype = None if self.is_encoder else fp8_cache_dtype(kv_cache_dtype)
+        # Of a cache with a scale for each token and head.
+        self.token_head_dtype = (
+            None if self.is_encoder else token_head_dtype(kv_cache_dtype)
+        )
         self.dtype = torch.get_default_dtype()  # the model's, while it is built
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.schedule_key = ScheduleKey(num_heads, sliding_window, False)
         self.sinks = sinks
         self.alibi_sqrt = use_alibi_sqrt
         self.alibi_slopes: torch.Tensor | None = None
         self.vllm_config = get_current_vllm_config()
+        reference_window = None
+        if attn_type == AttentionType.DECODER:
+            reference_window = rswa_window(self.vllm_config)
+        sees_prompt = reference_window is not None
+        windows = (sliding_window, attention_chunk_size, reference_window)
+        if sliding_window is None:
+            chunk_lookback = -1  # chunks are parts of a window
+        if attention_chunk_size is not None:
+            chunk_lookback = 0
+        self.sliding_window = next((w for w in windows if w is not None), None)
+        self.schedule_key = ScheduleKey(
+            num_heads, self.sliding_window, False, chunk_lookback, sees_prompt
+        )
         if alibi_slopes is not None:
             self.alibi_slopes = torch.tensor(
                 alibi_slopes,
                 dtype=torch.float32,
                 device=self.vllm_config.device_config.device,
             )
+        if not self.is_encoder:
+            self.num_shares = self.dcp_world_size
         self.supports_quant_query_input = self.prefers_fp8_queries()
+        self.is_never_causal = attn_type != AttentionType.DECODER
         # K and V views of the bound cache, which would cost every call anew. The
         # engine gives up the cache that it profiles with, and so do these.
         self.kv_cache: Callable[[], torch.Tensor | None] = lambda: None
-        self.key_value: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.key_value: Caches | None = None
+        # Checked calls on these views, to be repeated.
+        self.attentions: dict[tuple, PreparedAttention] = {}
+        self.writes: dict[tuple, PreparedWrite] = {}
 
         reasons = unsupported(
             head_size,
@@ -473,14 +568,25 @@ class ConchAttentionImpl(ConchImplBase):
             and not ConchAttentionBackend.supports_mm_prefix()
         ):
             reasons.append("partial multimodal token full attention not supported")
-        if self.dcp_world_size > 1:
-            reasons.append("decode context parallelism (DCP) not supported")
+        if self.num_shares > 1:
+            reasons += conch_dcp.unsupported(self)
         if self.pcp_world_size > 1:
             reasons.append("prefill context parallelism (PCP) not supported")
-        for name, value in arguments.items():
-            neutral = NEUTRAL_ARGUMENTS.get(name)
-            if isinstance(value, torch.Tensor) or value != neutral:
-                reasons.append(f"{name} not supported")
+        if windows.count(None) < len(windows) - 1:
+            reasons.append(
+                f"only one of sliding_window {sliding_window}, attention_chunk_size "
+                f"{attention_chunk_size} and R-SWA window {reference_window} supported"
+            )
+        if attends_both_ways(self.vllm_config):
+            if sees_prompt:
+                reasons.append(NON_CAUSAL_RSWA)
+            if chunk_lookback >= 0:
+                reasons.append("non-causal attention with chunks not supported")
+        reasons += [
+            f"{name} not supported"
+            for name, value in arguments.items()
+            if value is not None
+        ]
         if reasons:
             raise ValueError(
                 "CONCH cannot run this model's attention: "
@@ -491,15 +597,19 @@ class ConchAttentionImpl(ConchImplBase):
     def prefers_fp8_queries(self) -> bool:
         """Whether vLLM's layer should quantise queries, with its q_scale.
 
-        Where the prefill kernel for Q, K and V in fp8 runs, which takes neither sinks
-        nor ALiBi, and is left out where results must not depend on the batch.
-        Elsewhere a query of 16 bits is no slower, and more accurate.
+        Where the prefill kernel for Q, K and V in fp8 runs, which takes neither
+        ALiBi nor chunks nor a prefix, and is left out where results must not depend on
+        the batch. Elsewhere a query of 16 bits is no slower, and more accurate.
         """
         if not current_platform.is_cuda() or self.dtype not in HOPPER_DTYPES:
             return False
         if is_batch_invariant():
             return False
-        if self.sinks is not None or self.alibi_slopes is not None:
+        if self.alibi_slopes is not None:
+            return False
+        if self.schedule_key.chunk_lookback >= 0 or self.schedule_key.sees_prompt:
+            return False
+        if self.num_shares > 1:  # queries are gathered, and ranks may scale unlike
             return False
         fp8 = self.fp8_dtype
         shape = Shape(
@@ -514,30 +624,64 @@ class ConchAttentionImpl(ConchImplBase):
         is_fp8 = self.supports_quant_query_input
         return self.fp8_dtype if is_fp8 and self.fp8_dtype else self.dtype
 
-    def see_layer(self, layer: AttentionLayer) -> None:
+    def see_layer(self, layer: AttentionLayer, spec: AttentionSpec) -> None:
         """Takes over what models set on a layer after they have made it."""
+        # A decoder of a prefix LM has all of its prompts see each other.
+        self.is_never_causal |= getattr(spec, "non_causal", False)
         in_window = getattr(layer, "mm_prefix_clamp_sliding_window", False)
         self.schedule_key = self.schedule_key._replace(mm_prefix_in_window=in_window)
 
     def fused_output_quant_supported(self, quant_key: QuantKey) -> bool:
-        return quant_key == kFp8StaticTensorSym
+        # Shares are joined in the model's dtype.
+        return quant_key == kFp8StaticTensorSym and self.num_shares == 1
 
-    def key_value_caches(
-        self, kv_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V views of the layer's cache, in the dtype that its bytes stand for."""
+    def peers(self) -> conch_dcp.Peers:
+        """The ranks that share the keys."""
+        return conch_dcp.Peers.from_config(
+            self.num_shares, self.dcp_rank, self.vllm_config
+        )
+
+    def reserve(self, query: torch.Tensor) -> None:
+        """Takes the memory of a step while vLLM measures how much there is."""
+        if self.num_shares > 1:
+            conch_dcp.reserve(query, self.num_shares)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What the elements of the cache are to be read as."""
+        return self.token_head_dtype or self.fp8_dtype or self.dtype
+
+    def key_value_caches(self, kv_cache: torch.Tensor) -> Caches:
+        """Views of the layer's cache, in the dtype that its bytes stand for."""
         if kv_cache is not self.kv_cache() or self.key_value is None:
+            self.forget_views()
             # Views of .data: views of the tensor itself would keep it alive.
-            key_cache, value_cache = key_value_views(kv_cache.data, self.head_size)
-            if self.fp8_dtype is not None:
-                key_cache = key_cache.view(self.fp8_dtype)
-                value_cache = value_cache.view(self.fp8_dtype)
-            self.key_value = (key_cache, value_cache)
+            width = row_width(self.head_size, self.token_head_dtype)
+            key_cache, value_cache = key_value_views(kv_cache.data, width)
+            if self.fp8_dtype is not None or self.token_head_dtype is not None:
+                key_cache = key_cache.view(self.stored_dtype)
+                value_cache = value_cache.view(self.stored_dtype)
+            k_scale = v_scale = None
+            if self.token_head_dtype is not None:
+                k_scale, v_scale = token_scale_views(kv_cache.data, width)
+            self.key_value = Caches(key_cache, value_cache, k_scale, v_scale)
             self.kv_cache = weakref.ref(kv_cache, self.forget_views)
         return self.key_value
 
-    def forget_views(self, _: Any) -> None:
+    def scales_of(
+        self, layer: AttentionLayer, caches: Caches | None
+    ) -> dict[str, torch.Tensor | None]:
+        """k_scale and v_scale of a layer with these caches."""
+        if self.fp8_dtype is not None:
+            return {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
+        if caches is None:
+            return {"k_scale": None, "v_scale": None}
+        return {"k_scale": caches.k_scale, "v_scale": caches.v_scale}
+
+    def forget_views(self, _: Any = None) -> None:
         self.key_value = None
+        self.attentions.clear()
+        self.writes.clear()
 
     def write_kv_cache(
         self,
@@ -549,17 +693,23 @@ class ConchAttentionImpl(ConchImplBase):
     ) -> None:
         if self.is_encoder or kv_cache.numel() == 0:  # none: profiling
             return
-        key_cache, value_cache = self.key_value_caches(kv_cache)
-        is_fp8 = self.fp8_dtype is not None
-        reshape_and_cache(
+        caches = self.key_value_caches(kv_cache)
+        # One token's stride counts for nothing.
+        layout = (key.dtype, key.stride(), value.stride(), key.shape[0] == 1)
+        prepared = self.writes.get(layout)
+        if prepared is not None:
+            prepared(key, value, slot_mapping)
+            return
+        prepared = reshape_and_cache(
             key,
             value,
-            key_cache,
-            value_cache,
+            caches.key,
+            caches.value,
             slot_mapping,
-            k_scale=layer._k_scale if is_fp8 else None,
-            v_scale=layer._v_scale if is_fp8 else None,
+            **self.scales_of(layer, caches),
         )
+        if prepared is not None:
+            keep_prepared(self.writes, layout, prepared)
 
     def attend(
         self,
@@ -572,12 +722,35 @@ class ConchAttentionImpl(ConchImplBase):
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
     ) -> None:
+        if metadata.share is not None:
+            conch_dcp.attend(self, layer, query, key, value, kv_cache, metadata, output)
+            return
+        caches = None
+        schedule = metadata.schedules[self.schedule_key]
         if self.is_encoder:
             key_cache, value_cache = pages_of_batch(key), pages_of_batch(value)
         else:
-            key_cache, value_cache = self.key_value_caches(kv_cache)
-        is_fp8 = self.fp8_dtype is not None
-        varlen_attention(
+            caches = self.key_value_caches(kv_cache)
+            key_cache, value_cache = caches.key, caches.value
+        # Neither K and V nor a flag or a scale are tensors of this batch alone.
+        is_repeatable = (
+            not self.is_encoder
+            and metadata.mm_prefix_range is None
+            and output_scale is None
+            and isinstance(metadata.causal, bool)
+        )
+        if is_repeatable:
+            block_table = metadata.block_table
+            kind = (
+                *(schedule, schedule.choice, metadata.causal),
+                *(block_table.data_ptr(), block_table.stride()),
+                *(query.dtype, query.stride(), output.dtype, output.stride()),
+            )
+            prepared = self.attentions.get(kind)
+            if prepared is not None:
+                prepared(query, output)
+                return
+        prepared = varlen_attention(
             query,
             key_cache,
             value_cache,
@@ -591,19 +764,31 @@ class ConchAttentionImpl(ConchImplBase):
             softcap=self.softcap,
             sliding_window=self.sliding_window,
             q_scale=layer._q_scale if query.dtype == self.fp8_dtype else None,
-            k_scale=layer._k_scale if is_fp8 else None,
-            v_scale=layer._v_scale if is_fp8 else None,
-            schedule=metadata.schedules[self.schedule_key],
+            **self.scales_of(layer, caches),
+            schedule=schedule,
             sinks=self.sinks,
             alibi_slopes=self.alibi_slopes,
             alibi_sqrt=self.alibi_sqrt,
             mm_prefix_range=metadata.mm_prefix_range,
             mm_prefix_in_window=self.schedule_key.mm_prefix_in_window,
+            prefix_lens=metadata.prefix_lens if self.schedule_key.sees_prompt else None,
+            chunk_lookback=self.schedule_key.chunk_lookback,
             output_scale=output_scale,
         )
+        if is_repeatable and prepared is not None:
+            keep_prepared(self.attentions, kind, prepared)
 
-    def make_schedule(self, block_size: int, device: torch.device) -> VarlenSchedule:
-        """A schedule for this layer and all that share its schedule_key."""
+    def make_schedule(
+        self, block_size: int, device: torch.device, of_batch: bool = False
+    ) -> VarlenSchedule:
+        """A schedule for this layer and all that share its schedule_key.
+
+        Args:
+            block_size: tokens of a page of the cache.
+            device: where it runs.
+            of_batch: for keys of the batch, and not of a cache that ranks share.
+        """
+        of_batch |= self.is_encoder
         scheduler_config = self.vllm_config.scheduler_config
         decode_query_len = max_decode_query_len(self.vllm_config)
         max_num_seqs = scheduler_config.max_num_seqs
@@ -613,17 +798,19 @@ class ConchAttentionImpl(ConchImplBase):
                 scheduler_config.max_num_batched_tokens,
                 max_num_seqs * decode_query_len,
             ),
-            num_query_heads=self.num_heads,
+            num_query_heads=self.num_heads * (1 if of_batch else self.num_shares),
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
-            block_size=PAGE_MULTIPLE if self.is_encoder else block_size,
+            block_size=PAGE_MULTIPLE if of_batch else block_size,
             query_dtype=self.query_dtype,
-            kv_dtype=self.dtype if self.fp8_dtype is None else self.fp8_dtype,
+            kv_dtype=self.stored_dtype,
+            token_scales=self.token_head_dtype is not None,
             device=device,
             sliding_window=self.sliding_window,
+            chunk_lookback=self.schedule_key.chunk_lookback,
             decode_query_len=decode_query_len,
             # TMA would read all slots of pages that end behind the batch.
-            portable=self.is_encoder,
+            portable=of_batch,
             batch_invariant=is_batch_invariant(),
         )
 
@@ -645,9 +832,15 @@ class ConchAttentionImpl(ConchImplBase):
         block_size = PAGE_MULTIPLE
         if not self.is_encoder:
             kv_cache = bound_kv_cache(layer)
-            block_size = self.key_value_caches(kv_cache)[0].shape[1]
+            block_size = self.key_value_caches(kv_cache).key.shape[1]
         schedule = self.make_schedule(block_size, self.device(layer))
+        shares = None
+        if self.num_shares > 1:
+            peers = conch_dcp.Echo(**vars(self.peers()))
+            shares = conch_dcp.Shares(peers, schedule)
+            shares.add(self, schedule.device)
         quantizes = self.vllm_config.compilation_config.pass_config.fuse_attn_quant
+        quantizes &= self.num_shares == 1
         for query_len, causal, packed, quantized in product(
             self.warm_up_query_lens(schedule.device),
             self.causal_modes(schedule.device),
@@ -656,12 +849,13 @@ class ConchAttentionImpl(ConchImplBase):
         ):
             if query_len <= schedule.max_num_tokens:
                 self.run_dummy_batch(
-                    layer, schedule, query_len, causal, packed, quantized
+                    layer, schedule, shares, query_len, causal, packed, quantized
                 )
+        self.attentions.clear()  # they would keep the schedule, which has megabytes
 
     def causal_modes(self, device: torch.device) -> tuple[bool | torch.Tensor, ...]:
         """What a batch of one sequence may have as `causal`."""
-        if self.attn_type != AttentionType.DECODER:
+        if self.is_never_causal:
             return (False,)
         if not attends_both_ways(self.vllm_config):
             return (True,)
@@ -680,6 +874,7 @@ class ConchAttentionImpl(ConchImplBase):
         self,
         layer: AttentionLayer,
         schedule: VarlenSchedule,
+        shares: conch_dcp.Shares | None,
         query_len: int,
         causal: bool | torch.Tensor,
         packed: bool,
@@ -690,6 +885,7 @@ class ConchAttentionImpl(ConchImplBase):
         Args:
             layer: the layer of this implementation.
             schedule: made for the layer.
+            shares: likewise, if ranks share its keys.
             query_len: the sequence's length.
             causal: whether attention is causal, or a tensor that says it.
             packed: whether query, key and value are slices of one tensor, as many
@@ -698,8 +894,9 @@ class ConchAttentionImpl(ConchImplBase):
             quantized: whether the output is quantised to fp8.
         """
         device = schedule.device
-        # An encoder with fewer tokens copies them, see `pages_of_batch`.
-        num_tokens = max(query_len, 2 * PAGE_MULTIPLE if self.is_encoder else 0)
+        # Fewer tokens that are read as pages are copied, see `pages_of_batch`.
+        reads_batch = self.is_encoder or shares is not None
+        num_tokens = max(query_len, 2 * PAGE_MULTIPLE if reads_batch else 0)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         if packed:
             packed_rows = torch.zeros(
@@ -727,14 +924,21 @@ class ConchAttentionImpl(ConchImplBase):
             slot_mapping=torch.full((query_len,), -1, device=device),
             causal=causal,
             mm_prefix_range=None,
+            prefix_lens=integers(1) if self.schedule_key.sees_prompt else None,
             schedules={self.schedule_key: schedule},
         )
+        seq_lens = metadata.seq_lens
+        if shares is not None:
+            share = metadata.share = shares.build(1, query_len, is_empty=False)
+            share.update(metadata.query_start_loc, seq_lens, query_len, query_len)
+            seq_lens = share.seq_lens
         schedule.update(
             metadata.query_start_loc,
-            metadata.seq_lens,
+            seq_lens,
             max_query_len=query_len,
             num_tokens=query_len,
             mm_prefix_in_window=self.schedule_key.mm_prefix_in_window,
+            prefix_lens=metadata.prefix_lens,
         )
         kv_cache = bound_kv_cache(layer)
         self.write_kv_cache(layer, key, value, kv_cache, metadata.slot_mapping)

@@ -20,6 +20,7 @@ from vllm.attention.backends.abstract import (
     AttentionType,
     MultipleOf,
 )
+from vllm.attention.ops.conch.launch import compile_together
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.batch_invariant import vllm_is_batch_invariant
 from vllm.v1.attention.backends.utils import (
@@ -39,28 +40,49 @@ __all__ = [
     "ConchBackendBase",
     "ConchBuilderBase",
     "ConchImplBase",
-    "NEUTRAL_ARGUMENTS",
     "PAGE_MULTIPLE",
+    "TOKEN_HEAD_FORMATS",
     "attends_both_ways",
     "bound_kv_cache",
     "conch_impls",
+    "exchanges_all_to_all",
+    "host_seq_lens",
     "is_batch_invariant",
     "key_value_views",
     "max_decode_query_len",
     "mm_prefix_ranges",
+    "rswa_prefix_lens",
+    "rswa_window",
+    "token_head_dtype",
+    "token_scale_views",
 ]
 
 PAGE_MULTIPLE = 16  # pages hold a multiple of so many tokens
 
-# Arguments that models pass to their attention layers, each with the value that
-# stands for not using the feature.
-NEUTRAL_ARGUMENTS: dict[str, Any] = {}
+# Variants that are compiled at the same time.
+WARM_UP_THREADS = 4
 
 # Physical order of the logical KV cache dimensions (block, K or V, slot, head, dim).
 PHYSICAL_ORDERS = {"NHD": (0, 1, 2, 3, 4), "HND": (0, 1, 3, 2, 4)}
 # The same for one cache of all layers, whose logical first dimension is the layer:
 # what belongs to a block, or to a head of a block, lies together.
 CROSS_LAYER_ORDERS = {"NHD": (1, 0, 2, 3, 4, 5), "HND": (1, 4, 0, 2, 3, 5)}
+
+
+# Formats of the cache with a scale for each token and head: vLLM has none here.
+TOKEN_HEAD_FORMATS: tuple[str, ...] = ()
+
+
+def token_head_dtype(kv_cache_dtype: str) -> torch.dtype | None:
+    """How the elements of one of these formats are to be read; None of others."""
+    return None
+
+
+def token_scale_views(
+    kv_cache: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales of K and V of a cache in one of these formats."""
+    raise NotImplementedError("vLLM has no cache with a scale per token and head.")
 
 
 def key_value_views(
@@ -102,6 +124,26 @@ def is_batch_invariant() -> bool:
 
 def mm_prefix_ranges(common: CommonAttentionMetadata) -> torch.Tensor | None:
     """None: here models with such ranges are refused."""
+    return None
+
+
+def host_seq_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
+    """[num_reqs] bounds of seq_lens that the host has without waiting, if any."""
+    return common._seq_lens_cpu
+
+
+def exchanges_all_to_all(vllm_config: VllmConfig) -> bool:
+    """Whether DCP ranks send each other results: here they always add them up."""
+    return False
+
+
+def rswa_window(vllm_config: VllmConfig) -> int | None:
+    """None: here no model has a reference sliding window."""
+    return None
+
+
+def rswa_prefix_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
+    """None, as `rswa_window`."""
     return None
 
 
@@ -198,8 +240,12 @@ class ConchImplBase(AttentionImpl):
         """Writes the new tokens' attention to the cache, in encoders to the batch."""
 
     @abstractmethod
+    def reserve(self, query: torch.Tensor) -> None:
+        """Takes the memory of a step while vLLM measures how much there is."""
+
+    @abstractmethod
     def warm_up(self, layer: AttentionLayer) -> None:
-        """Compiles every kernel that the layer can launch."""
+        """Launches every kernel that the layer can launch, which compiles it."""
 
     def forward(
         self,
@@ -221,8 +267,11 @@ class ConchImplBase(AttentionImpl):
             # without, so that this compiles the kernels in time.
             # Encoders have none at any time.
             if not self.is_warm and (self.is_encoder or kv_cache.numel() > 0):
+                with compile_together(WARM_UP_THREADS):
+                    self.warm_up(layer)
                 self.warm_up(layer)
                 self.is_warm = True
+            self.reserve(query)
             return output.fill_(0)
         if output_block_scale is not None:
             raise ValueError(

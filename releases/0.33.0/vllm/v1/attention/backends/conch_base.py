@@ -4,11 +4,14 @@
 
 The KV cache of a layer is one logical tensor [num_blocks, num_kv_heads, block_size,
 2 * head_size] with the strides of whatever physical layout the engine chose; K is the
-first half of the last dimension, V the second. vLLM writes the cache through
+first half of the last dimension, V the second. Where each token and head has scales of
+its own, each half ends with one, an fp32. vLLM writes the cache through
 do_kv_cache_update before it calls forward.
 """
 
 from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +19,7 @@ import torch
 import vllm.envs as envs
 from vllm.config import VllmConfig
 from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -28,7 +32,13 @@ from vllm.v1.attention.backend import (
     max_decode_query_len,
 )
 from vllm.v1.attention.backends.utils import compute_mm_prefix_range_tensor
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
+from vllm.v1.attention.ops.conch.launch import compile_together
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    KVCacheLayout,
+    KVCacheSpec,
+    KVQuantMode,
+)
 
 __all__ = [
     "AttentionCGSupport",
@@ -39,15 +49,21 @@ __all__ = [
     "ConchBackendBase",
     "ConchBuilderBase",
     "ConchImplBase",
-    "NEUTRAL_ARGUMENTS",
     "PAGE_MULTIPLE",
+    "TOKEN_HEAD_FORMATS",
     "attends_both_ways",
     "bound_kv_cache",
     "conch_impls",
+    "exchanges_all_to_all",
+    "host_seq_lens",
     "is_batch_invariant",
     "key_value_views",
     "max_decode_query_len",
     "mm_prefix_ranges",
+    "rswa_prefix_lens",
+    "rswa_window",
+    "token_head_dtype",
+    "token_scale_views",
 ]
 
 PAGE_MULTIPLE = 16  # pages hold a multiple of so many tokens
@@ -58,17 +74,45 @@ PREFERRED_BLOCK_SIZE = 128
 # Physical layouts of the KV cache, best first. None: any, as the engine prefers.
 PREFERRED_KV_CACHE_LAYOUTS: tuple[KVCacheLayout, ...] | None = None
 
-# Arguments that models pass to their attention layers, each with the value that
-# stands for not using the feature.
-NEUTRAL_ARGUMENTS: dict[str, Any] = {"chunk_lookback": -1}
+
+# Formats of the cache with a scale for each token and head.
+TOKEN_HEAD_FORMATS = (
+    "int8_per_token_head",
+    "fp8_per_token_head",
+    "int4_per_token_head",
+)
+SCALE_BYTES = 4
+
+
+def token_head_dtype(kv_cache_dtype: str) -> torch.dtype | None:
+    """How the elements of one of these formats are to be read; None of others."""
+    if kv_cache_dtype == "fp8_per_token_head":
+        return current_platform.fp8_dtype()
+    if kv_cache_dtype in TOKEN_HEAD_FORMATS:
+        return torch.int8 if kv_cache_dtype.startswith("int8") else torch.uint8
+    return None
 
 
 def key_value_views(
-    kv_cache: torch.Tensor, head_size: int
+    kv_cache: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V as [num_blocks, block_size, num_kv_heads, head_size] views."""
-    key_cache, value_cache = kv_cache.transpose(1, 2).split(head_size, dim=-1)
-    return key_cache, value_cache
+    """K and V as [num_blocks, block_size, num_kv_heads, width] views."""
+    pages, half = kv_cache.transpose(1, 2), kv_cache.shape[-1] // 2
+    return pages[..., :width], pages[..., half : half + width]
+
+
+def token_scale_views(
+    kv_cache: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales of K and V as [num_blocks, block_size, num_kv_heads] views.
+
+    Args:
+        kv_cache: of elements of one byte.
+        width: bytes of a row of K, or V.
+    """
+    scales = kv_cache.view(torch.float32).transpose(1, 2)
+    place = width // SCALE_BYTES
+    return scales[..., place], scales[..., 2 * place + 1]
 
 
 def bound_kv_cache(layer: AttentionLayer) -> torch.Tensor:
@@ -78,7 +122,10 @@ def bound_kv_cache(layer: AttentionLayer) -> torch.Tensor:
 
 def attends_both_ways(vllm_config: VllmConfig) -> bool:
     """Whether the model's decoder layers may be asked for non-causal attention."""
-    return vllm_config.attention_config.use_non_causal
+    return (
+        vllm_config.attention_config.use_non_causal
+        or vllm_config.diffusion_config is not None
+    )
 
 
 def is_batch_invariant() -> bool:
@@ -91,6 +138,30 @@ def mm_prefix_ranges(common: CommonAttentionMetadata) -> torch.Tensor | None:
     return compute_mm_prefix_range_tensor(
         common.mm_req_doc_ranges, common.num_reqs, common.seq_lens.device
     )
+
+
+def host_seq_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
+    """[num_reqs] bounds of seq_lens that the host has without waiting, if any."""
+    return common.seq_lens_cpu_upper_bound
+
+
+def exchanges_all_to_all(vllm_config: VllmConfig) -> bool:
+    """Whether DCP ranks send each other results, instead of adding them up."""
+    return vllm_config.parallel_config.dcp_comm_backend == "a2a"
+
+
+def rswa_window(vllm_config: VllmConfig) -> int | None:
+    """Keys that generated tokens see besides the prompt, themselves included (R-SWA).
+
+    None: the model does without.
+    """
+    model_config = vllm_config.model_config
+    return None if model_config is None else model_config.rswa_window
+
+
+def rswa_prefix_lens(common: CommonAttentionMetadata) -> torch.Tensor | None:
+    """[num_reqs] lengths of the prompts, on any device; None where not given."""
+    return common.rswa_prefix_lens
 
 
 class ConchBackendBase(AttentionBackend):
@@ -107,6 +178,17 @@ class ConchBackendBase(AttentionBackend):
         return [MultipleOf(PAGE_MULTIPLE)]
 
     @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Makes room for the scales of K and V beside their elements."""
+        mode = spec.kv_quant_mode
+        if spec.state_content_bytes is not None or not mode.is_per_token_head:
+            return spec
+        elements = spec.head_size + spec.head_size_v
+        if mode == KVQuantMode.INT4_PER_TOKEN_HEAD:
+            elements //= 2
+        return replace(spec, state_content_bytes=elements + 2 * SCALE_BYTES)
+
+    @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
 
@@ -116,6 +198,10 @@ class ConchBackendBase(AttentionBackend):
 
     @classmethod
     def supports_alibi_sqrt(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
         return True
 
     @classmethod
@@ -138,7 +224,7 @@ class ConchBackendBase(AttentionBackend):
 class ConchBuilderBase(AttentionMetadataBuilder):
     # Schedules are computed on the device from persistent tensors, so a speculator
     # can record their update in the CUDA graph of its draft steps.
-    supports_draft_decode_metadata_update: ClassVar[bool] = True
+    supports_draft_decode_metadata_update: bool = True
 
     def __init__(
         self,
@@ -148,6 +234,9 @@ class ConchBuilderBase(AttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if rswa_window(vllm_config) is not None:
+            # Prefix lengths are of the batch that build() saw.
+            self.supports_draft_decode_metadata_update = False
         if kv_cache_spec.head_size_v != kv_cache_spec.head_size:
             raise ValueError(
                 f"CONCH cannot run layers {layer_names}: head_size_v "
@@ -166,6 +255,8 @@ class ConchBuilderBase(AttentionMetadataBuilder):
 
 class ConchImplBase(AttentionImpl):
     """Connects vLLM's two calls per layer to write_kv_cache() and attend()."""
+
+    supports_dcp: bool = True
 
     def __init__(self) -> None:
         warm_up_kernel.register_warmup()
@@ -196,8 +287,12 @@ class ConchImplBase(AttentionImpl):
         """Writes the new tokens' attention to the cache, in encoders to the batch."""
 
     @abstractmethod
+    def reserve(self, query: torch.Tensor) -> None:
+        """Takes the memory of a step while vLLM measures how much there is."""
+
+    @abstractmethod
     def warm_up(self, layer: AttentionLayer) -> None:
-        """Compiles every kernel that the layer can launch."""
+        """Launches every kernel that the layer can launch, which compiles it."""
 
     def do_kv_cache_update(
         self,
@@ -222,6 +317,7 @@ class ConchImplBase(AttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if attn_metadata is None:  # profiling: there is no KV cache yet
+            self.reserve(query)
             return output.fill_(0)
         if output_block_scale is not None:
             raise ValueError(
@@ -255,10 +351,19 @@ class ConchWarmUpKernel(VllmJitKernel[str]):
         }
         return list(self.layers)
 
+    def compile_many(self, compile_keys: Iterable[str]) -> None:
+        layers = [self.layers.pop(name) for name in compile_keys]
+        with compile_together(envs.VLLM_TRITON_JIT_WARMUP_NUM_THREADS):
+            self.warm_up(layers)
+        self.warm_up(layers)
+
     def compile(self, compile_key: str) -> None:
-        layer = self.layers.pop(compile_key)
-        for impl in conch_impls(layer):
-            impl.warm_up(layer)
+        self.compile_many([compile_key])
+
+    def warm_up(self, layers: list[Any]) -> None:
+        for layer in layers:
+            for impl in conch_impls(layer):
+                impl.warm_up(layer)
 
 
 def conch_impls(layer: Any) -> list["ConchImplBase"]:
