@@ -85,6 +85,7 @@ CASES = {
 SPILLS = {
     # Of batch invariance what is not needed within a segment may spill.
     "sm80": {
+        "128_int8 decode_kernel": 64,
         "128_invariant segment_decode_kernel": 8,
         "128_invariant prefill_kernel": 8,
         "128_invariant_fp8 segment_decode_kernel": 8,
@@ -94,6 +95,8 @@ SPILLS = {
         "128_invariant prefill_kernel": 32,
     },
     "sm100": {
+        "128_int8 decode_kernel": 8,
+        "128_int8 prefill_kernel": 16,
         "128_invariant segment_decode_kernel": 40,
         "128_invariant prefill_kernel": 24,
         "128_invariant_fp8 segment_decode_kernel": 64,
@@ -102,8 +105,6 @@ SPILLS = {
         "128_invariant segment_decode_kernel": 8,
         "128_invariant prefill_kernel": 40,
     },
-    "sm80": {"128_int8 decode_kernel": 64},
-    "sm100": {"128_int8 decode_kernel": 8, "128_int8 prefill_kernel": 16},
     # Tiles whose rates are known; others have to be measured first.
     "sm90": {
         "80 prefill_kernel": 8,
@@ -118,8 +119,12 @@ SPILLS = {
         "128_invariant prefill_kernel": 88,
         "128_invariant_fp8 segment_decode_kernel": 16,
     },
+    "gfx90a": {"128_invariant_fp8 prefill_kernel": 8},
+    "gfx942": {"128_invariant_fp8 prefill_kernel": 8},
+    "gfx950": {"128_invariant_fp8 prefill_kernel": 8},
     # 16 rows of a query of 256 take half of the registers of waves of 32.
     "gfx1100": {
+        "128_invariant_fp8 prefill_kernel": 228,
         "128_int8 decode_kernel": 56,
         "256_fp8 decode_kernel": 160,
         "256_fp8 prefill_kernel": 32,
