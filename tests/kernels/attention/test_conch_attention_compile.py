@@ -124,6 +124,7 @@ SPILLS = {
     "gfx950": {"128_invariant_fp8 prefill_kernel": 8},
     # 16 rows of a query of 256 take half of the registers of waves of 32.
     "gfx1100": {
+        "128_invariant_fp8 segment_decode_kernel": 472,
         "128_invariant_fp8 prefill_kernel": 228,
         "128_int8 decode_kernel": 56,
         "256_fp8 decode_kernel": 160,
