@@ -83,8 +83,28 @@ CASES = {
 }
 # Most bytes that spill all the same, by target and kernel.
 SPILLS = {
-    "sm80": {"128_int8 decode_kernel": 64},
-    "sm100": {"128_int8 decode_kernel": 8, "128_int8 prefill_kernel": 16},
+    # Of batch invariance what is not needed within a segment may spill.
+    "sm80": {
+        "128_int8 decode_kernel": 64,
+        "128_invariant segment_decode_kernel": 8,
+        "128_invariant prefill_kernel": 8,
+        "128_invariant_fp8 segment_decode_kernel": 8,
+    },
+    "sm89": {
+        "128_invariant segment_decode_kernel": 8,
+        "128_invariant prefill_kernel": 32,
+    },
+    "sm100": {
+        "128_int8 decode_kernel": 8,
+        "128_int8 prefill_kernel": 16,
+        "128_invariant segment_decode_kernel": 40,
+        "128_invariant prefill_kernel": 24,
+        "128_invariant_fp8 segment_decode_kernel": 64,
+    },
+    "sm120": {
+        "128_invariant segment_decode_kernel": 8,
+        "128_invariant prefill_kernel": 40,
+    },
     # Tiles whose rates are known; others have to be measured first.
     "sm90": {
         "80 prefill_kernel": 8,
@@ -95,9 +115,17 @@ SPILLS = {
         "128_int8 decode_kernel": 16,
         "256 prefill_kernel": 96,
         "512 prefill_kernel": 192,
+        "128_invariant segment_decode_kernel": 16,
+        "128_invariant prefill_kernel": 88,
+        "128_invariant_fp8 segment_decode_kernel": 16,
     },
+    "gfx90a": {"128_invariant_fp8 prefill_kernel": 8},
+    "gfx942": {"128_invariant_fp8 prefill_kernel": 8},
+    "gfx950": {"128_invariant_fp8 prefill_kernel": 8},
     # 16 rows of a query of 256 take half of the registers of waves of 32.
     "gfx1100": {
+        "128_invariant_fp8 segment_decode_kernel": 472,
+        "128_invariant_fp8 prefill_kernel": 228,
         "128_int8 decode_kernel": 56,
         "256_fp8 decode_kernel": 160,
         "256_fp8 prefill_kernel": 32,

@@ -128,6 +128,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 if ON_GPU:
+    # Pages of a tile or more, which prefill on Hopper reads in boxes.
+    OPTIONS["boxes"] = {"head_size": 128, "dtype": HALF, "block_size": 128}
     OPTIONS |= {
         f"{d}_{group}_{name}": {"head_size": d, "num_query_heads": group} | extra
         for d, group in ((64, 4), (128, 4), (128, 7), (256, 2), (512, 1))
