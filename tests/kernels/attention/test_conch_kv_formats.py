@@ -38,6 +38,7 @@ from tests.kernels.attention.conch_kv_formats import (
 from tests.kernels.attention.conch_reference import Attention, output_tolerance
 from vllm.attention.ops.conch import reshape_and_cache
 from vllm.attention.ops.conch.kv_format import decode_e4m3
+from vllm.attention.ops.conch.rotation import prepare as prepare_rotation
 from vllm.attention.ops.conch.rotation import rotate as rotate_heads
 from vllm.attention.ops.conch.rotation import split_norm
 from vllm.platforms import current_platform
@@ -134,6 +135,14 @@ def check_scaled(batch: ScaledBatch) -> None:
         allowed += limits.eps / 2 * expected.abs().clamp(min=limits.smallest_normal)
     assert_close("output", output, expected, allowed)
     assert_close("LSE", lse, exact.lse, 16 * 2.0**-24 * exact.lse_drift)
+
+
+def test_rotations_of_each_dtype_have_a_launch_of_their_own():
+    """A launch keeps what was compiled for the dtypes of its first call."""
+    heads, strides = (8, 64, 64), ((512, 64), (512, 64))
+    dtypes = [(dtype, dtype) for dtype in (torch.float16, torch.float32)]
+    launches = {id(prepare_rotation(*heads, *strides, pair, None)) for pair in dtypes}
+    assert len(launches) == len(dtypes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -141,7 +141,10 @@ def make_config(num_ranks: int, run: int, **options: Any) -> VllmConfig:
     if hasattr(parallel, "dcp_comm_backend"):
         parallel.dcp_comm_backend = options.get("dcp_comm_backend", "ag_rs")
     config.model_config = SimpleNamespace(
-        max_model_len=MAX_LEN, is_mm_prefix_lm=False, dtype=torch.float32
+        max_model_len=MAX_LEN,
+        is_mm_prefix_lm=False,
+        rswa_window=None,
+        dtype=torch.float32,
     )
     config.scheduler_config.max_num_seqs = MAX_NUM_SEQS
     config.scheduler_config.max_num_batched_tokens = MAX_NUM_TOKENS

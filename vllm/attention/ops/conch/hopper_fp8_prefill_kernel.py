@@ -733,7 +733,13 @@ def load_scale(pointer):
 
 
 @gluon.jit(
-    do_not_specialize=["max_items", "long_seq", "block_table_stride", "window"],
+    do_not_specialize=[
+        "max_items",
+        "block_table",  # microbatches slice it anywhere
+        "long_seq",
+        "block_table_stride",
+        "window",
+    ],
 )
 def hopper_fp8_prefill_kernel(
     max_items,

@@ -562,7 +562,13 @@ def consumer(cfg, batch, rings, lse, sinks, CONSUMER: gl.constexpr):
 
 
 @gluon.jit(
-    do_not_specialize=["max_items", "long_seq", "block_table_stride", "window"],
+    do_not_specialize=[
+        "max_items",
+        "block_table",  # microbatches slice it anywhere
+        "long_seq",
+        "block_table_stride",
+        "window",
+    ],
 )
 def hopper_prefill_kernel(
     max_items,

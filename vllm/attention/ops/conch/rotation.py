@@ -155,8 +155,10 @@ def prepare(
     head_padded: int,
     target_strides: tuple[int, int],
     source_strides: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
     fp8: torch.dtype | None,
 ) -> Launch:
+    """The launch for a layout and for these dtypes of target and source."""
     return Launch(
         rotate_kernel,
         (1,),
@@ -205,6 +207,7 @@ def rotate(
         head_padded,
         target.stride()[:2],
         source.stride()[:2],
+        (target.dtype, source.dtype),
         fp8,
     )
     matrix = rotation_matrix(
