@@ -213,7 +213,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("subject", [*RELEASES, "tool"], ids=[*RELEASES, "tool"])
 def tests(session: nox.Session, subject: str) -> None:
-    """Kernels, backend, engine and demo, upstream's own, then the tool's tests."""
+    """Kernels, backend, engine and demo on every release, then the tool's tests."""
     pytest = ["python", "-m", "pytest", "-ra", "--durations=10", *session.posargs]
     if subject == "tool":
         session.install("-r", "requirements/tool.txt", "-r", "requirements/test.txt")
@@ -240,8 +240,6 @@ def tests(session: nox.Session, subject: str) -> None:
     # docs/features.md says what the class of this release answers.
     table = str(HERE / "tools" / "feature_table.py")
     session.run("python", table, "--check", env=environment)
-    if not session.posargs:
-        run_upstream(session, tree, subject)
 
 
 @nox.session

@@ -3,6 +3,7 @@
 """Caches with a scale for every token and head, and e4m3 by arithmetic."""
 
 import dataclasses
+import importlib
 import importlib.util
 import math
 
@@ -381,8 +382,11 @@ has_vllms_own = importlib.util.find_spec("vllm.v1.attention.ops") is not None an
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_bytes_that_vllms_own_kernel_writes(dtype, layout, kv_dtype):
-    from vllm.v1.attention.ops import triton_reshape_and_cache_flash as vllms
-    from vllm.v1.kv_cache_interface import KVQuantMode
+    # Not in every release.
+    vllms = importlib.import_module(
+        "vllm.v1.attention.ops.triton_reshape_and_cache_flash"
+    )
+    interface = importlib.import_module("vllm.v1.kv_cache_interface")
 
     mode = {torch.int8: "INT8_PER_TOKEN_HEAD", INT4: "INT4_PER_TOKEN_HEAD"}[kv_dtype]
     key, value = fused_rows(21, 3, 96, dtype)
@@ -392,7 +396,7 @@ def test_the_bytes_that_vllms_own_kernel_writes(dtype, layout, kv_dtype):
         make_pages(layout, 4, 16, 3, 96, kv_dtype, DEVICE) for _ in range(2)
     )
     vllms.triton_reshape_and_cache_flash_per_token_head_quant(
-        key, value, *expected, slots, kv_quant_mode=KVQuantMode[mode]
+        key, value, *expected, slots, kv_quant_mode=interface.KVQuantMode[mode]
     )
     scales = {"k_scale": caches.k_scale, "v_scale": caches.v_scale}
     reshape_and_cache(key, value, caches.key, caches.value, slots, **scales)
