@@ -78,9 +78,10 @@ def sources_digest(*parts: str) -> str:
     """A digest of everything that the installed vLLM is made of."""
     digest = hashlib.sha256(" ".join(parts).encode())
     paths = [HERE / "noxfile.py"]
-    for folder in ("vllm", "tests", "benchmarks", "releases", "patchset"):
+    paths.append(HERE / "interpreter" / "pyproject.toml")
+    folders = ["vllm", "tests", "benchmarks", "releases", "patchset"]
+    for folder in [*folders, "interpreter/vllm_interpreter"]:
         paths += sorted((HERE / folder).rglob("*"))
-    paths += sorted((HERE / "interpreter" / "vllm_interpreter").rglob("*"))
     for path in paths:
         if path.name == "upstream.toml":  # says which tests run, nothing is built of it
             continue
@@ -228,7 +229,7 @@ def tests(session: nox.Session, subject: str) -> None:
     pytest += ["-c", "pytest.ini", "--rootdir", "."]
     side_by_side = ["-n", str(min(os.cpu_count() or 1, 8))]
     demo_tests, environment = str(HERE / "demo"), INTERPRETER
-    runs = [[*side_by_side, demo_tests, "tests"]]
+    runs = [[*side_by_side, demo_tests, str(HERE / "interpreter"), "tests"]]
     if has_nvidia_gpu():
         environment = ON_GPU
         # Engines one at a time, as each takes a share of the GPU's memory.

@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import conch_bench as bench
 import torch
@@ -242,7 +242,8 @@ class Conch(Provider):
     def make(self, inputs: Inputs) -> Callable[[], object]:
         case, schedule = inputs.case, self.make_schedule(inputs)
         query = self.query(inputs)
-        again = varlen_attention(
+        attend = partial(
+            varlen_attention,
             query,
             inputs.key_cache,
             inputs.value_cache,
@@ -258,6 +259,9 @@ class Conch(Provider):
             v_scale=inputs.v_scale,
             schedule=schedule,
         )
+        again = attend()
+        if again is None:  # int4: each call rotates queries and outputs
+            return attend
         # As the backend calls it: checked once.
         return lambda: again(query, inputs.output)
 

@@ -39,4 +39,7 @@ def register() -> str | None:
         return None
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    from vllm_interpreter import faster  # imports Triton, which reads the variables
+
+    faster.install()
     return "vllm_interpreter.platform.InterpreterPlatform"

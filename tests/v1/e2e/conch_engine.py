@@ -84,12 +84,18 @@ def save(
     return model
 
 
-def attention_impls(worker: Any) -> list[str]:
-    """Of a worker's layers the implementations' names and how many share their keys."""
+def attention_impls(worker: Any) -> list[tuple[list[str], int]]:
+    """Of a worker's layers the implementations and how many ranks share their keys.
+
+    An implementation is named with its bases: vLLM derives that of cross-attention.
+    """
     config = worker.vllm_config.compilation_config
     layers = config.static_forward_context.values()
     impls = [layer.impl for layer in layers if hasattr(layer, "impl")]
-    return [f"{type(impl).__name__} {getattr(impl, 'num_shares', 1)}" for impl in impls]
+    return [
+        ([base.__name__ for base in type(impl).__mro__], getattr(impl, "num_shares", 1))
+        for impl in impls
+    ]
 
 
 @contextmanager
@@ -122,7 +128,9 @@ def engine(
         num_shares = options.get("decode_context_parallel_size", 1)
         name = backend.get_impl_cls().__name__
         for impls in llm.collective_rpc(attention_impls):
-            assert impls == [f"{name} {num_shares}"] * num_attention_layers
+            assert len(impls) == num_attention_layers
+            assert all(name in names for names, _ in impls), impls
+            assert all(shared == num_shares for _, shared in impls), impls
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()  # a failed test keeps a reference
