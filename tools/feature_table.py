@@ -21,16 +21,20 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
     kFp8StaticTensorSym,
 )
 from vllm.v1.attention.backends.conch_attn import ConchAttentionBackend
-from vllm.v1.attention.backends.conch_base import AttentionType
+from vllm.v1.attention.backends.conch_base import TOKEN_HEAD_FORMATS, AttentionType
 from vllm.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "features.md"
 BACKEND = "tests/v1/attention/test_conch_backend.py"
+SUPPORTS = "tests/v1/attention/test_conch_backend_supports.py"
+ENCODER = "tests/v1/attention/test_conch_backend_encoder.py"
+GRAPHS = "tests/v1/attention/test_conch_backend_graphs.py"
+TOKEN_HEAD = "releases/0.33.0/tests/v1/attention/test_conch_token_head.py"
 DCP = "tests/v1/attention/test_conch_dcp.py"
 FEATURES = "tests/kernels/attention/test_conch_attention_features.py"
 MODELS = "tests/v1/e2e/test_conch_models.py"
-REFUSED = f"{BACKEND}::test_unsupported_configurations"
+REFUSED = f"{SUPPORTS}::test_unsupported_configurations"
 TYPES = {
     AttentionType.DECODER: "decoder",
     AttentionType.ENCODER: "encoder",
@@ -66,12 +70,12 @@ FLAGS = [
     (
         "KV connector",
         "supports_kv_connector",
-        f"{BACKEND}::test_supported_configurations",
+        f"{SUPPORTS}::test_supported_configurations",
     ),
     (
         "Adaptive verification",
         "supports_device_cpu_query_lens_mismatch",
-        f"{BACKEND}::test_supported_configurations",
+        f"{SUPPORTS}::test_supported_configurations",
     ),
 ]
 
@@ -81,17 +85,22 @@ def rows() -> Iterator[tuple[str, str, str]]:
     backend = ConchAttentionBackend
     dtypes = ", ".join(str(d).removeprefix("torch.") for d in backend.supported_dtypes)
     yield "Dtypes", dtypes, f"{BACKEND}::test_batches"
-    cache_dtypes = ", ".join(backend.supported_kv_cache_dtypes)
-    yield "KV cache dtypes", cache_dtypes, f"{BACKEND}::test_fp8_cache"
+    caches = [
+        d for d in backend.supported_kv_cache_dtypes if d not in TOKEN_HEAD_FORMATS
+    ]
+    yield "KV cache dtypes", ", ".join(caches), f"{BACKEND}::test_fp8_cache"
+    if TOKEN_HEAD_FORMATS:
+        formats = ", ".join(TOKEN_HEAD_FORMATS)
+        yield "Scales per token and head", formats, f"{TOKEN_HEAD}::test_every_format"
     (size,) = backend.get_supported_kernel_block_sizes()
-    supported = f"{BACKEND}::test_supported_configurations"
+    supported = f"{SUPPORTS}::test_supported_configurations"
     yield "Block sizes", f"multiples of {size.base}", supported
     heads = [size for size in range(1, 1025) if backend.supports_head_size(size)]
     if heads != list(range(heads[0], heads[-1] + 1)):
         raise ValueError(f"head sizes have gaps: {heads}")
     yield "Head sizes", f"{heads[0]} to {heads[-1]}", supported
     types = [name for kind, name in TYPES.items() if backend.supports_attn_type(kind)]
-    yield "Attention types", ", ".join(types), f"{BACKEND}::test_encoder"
+    yield "Attention types", ", ".join(types), f"{ENCODER}::test_encoder"
     for name, method, test in FLAGS:
         if hasattr(backend, method):
             answer = getattr(backend, method)()
@@ -102,7 +111,7 @@ def rows() -> Iterator[tuple[str, str, str]]:
     yield "Fused output quantisation", fused, f"{BACKEND}::test_output_in_fp8"
     config = SimpleNamespace(model_config=None)
     level = backend.get_builder_cls().get_cudagraph_support(config, None)
-    graphs = f"{BACKEND}::test_every_cuda_graph_mode_is_supported"
+    graphs = f"{GRAPHS}::test_every_cuda_graph_mode_is_supported"
     yield "CUDA graphs", level.name, graphs
 
 

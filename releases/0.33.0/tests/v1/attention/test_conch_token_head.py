@@ -25,7 +25,7 @@ from tests.kernels.attention.conch_reference import (
     output_tolerance,
     paged_attention,
 )
-from tests.v1.attention.test_conch_backend import (
+from tests.v1.attention.conch_backend_harness import (
     BLOCK_SIZE,
     HEAD_SIZE,
     NUM_KV_HEADS,

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What CONCH does at start-up, and keeps: profiling, warm-up, prepared calls."""
+
+import gc
+import math
+import weakref
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from tests.v1.attention.conch_release import (
+    KV_LAYOUTS,
+    bind_kv_cache,
+    make_kv_cache,
+    run_layer,
+)
+
+from tests.kernels.attention.conch_harness import (  # noqa: F401
+    DEVICE,
+    gpu_only,
+    poisoned_scratch,
+)
+from tests.v1.attention.conch_backend_harness import (
+    BATCHES,
+    BLOCK_SIZE,
+    HEAD_SIZE,
+    MAX_MODEL_LEN,
+    MAX_NUM_TOKENS,
+    NUM_KV_HEADS,
+    Engine,
+)
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends import conch_attn
+from vllm.v1.attention.backends.conch_attn import ConchAttentionMetadataBuilder
+from vllm.v1.attention.backends.conch_base import bound_kv_cache, key_value_views
+
+
+def test_profiling_has_no_cache_and_no_metadata() -> None:
+    engine = Engine()
+    (layer,) = engine.layers
+    bind_kv_cache(layer, torch.tensor([]))
+    query, key, value = engine.new_tokens(layer, 5)
+    output = torch.full_like(query, math.nan)
+    assert run_layer(layer, query, key, value, None, output) is output
+    assert bool((output == 0).all())
+    layer.impl.write_kv_cache(layer, key, value, torch.tensor([]), engine.slot_mapping)
+    layer.impl.warm_up(layer)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_warm_up_leaves_the_cache_alone(kv_cache_dtype: str) -> None:
+    engine = Engine(kv_cache_dtype=kv_cache_dtype)
+    (layer,) = engine.layers
+    before = [cache.clone().view(torch.uint8) for cache in layer.caches]
+    layer.impl.run_dummy_batches(layer)
+    for cache, old in zip(layer.caches, before):
+        assert torch.equal(cache.contiguous().view(torch.uint8), old)
+    assert not layer.impl.attentions  # nor is the schedule kept
+
+
+@gpu_only
+@pytest.mark.parametrize("layout", KV_LAYOUTS)
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_nothing_compiles_after_warm_up(
+    kv_cache_dtype: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton import knobs
+
+    windows = [{}, {"sliding_window": 40}, {"logits_soft_cap": 30.0}]
+    engine = Engine(
+        windows,
+        dtype=torch.bfloat16,
+        kv_cache_dtype=kv_cache_dtype,
+        layout=layout,
+        num_speculative_tokens=3,
+    )
+    for layer in engine.layers:
+        layer.impl.warm_up(layer)
+    compiled: list[str] = []
+
+    def record(**event: Any) -> None:
+        compiled.append(event["fn"].name)
+
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", record)
+    for lengths in (*BATCHES.values(), [(1, 0)], [(190, 1)], [(16, 0), (17, 1)]):
+        engine.step(lengths)
+        engine.step(lengths, padded_reqs=2, padded_tokens=1)
+    engine.step([(1, 5)], padded_tokens=MAX_NUM_TOKENS - 1)
+    assert not compiled
+
+
+def at_offset(tensor: torch.Tensor, offset: int) -> torch.Tensor:
+    """The tensor, in memory that begins so many elements after an aligned address."""
+    flat = tensor.new_empty(tensor.numel() + offset)[offset:]
+    return flat.view(tensor.shape).copy_(tensor)
+
+
+@gpu_only
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_a_thousand_random_batches_compile_nothing(
+    kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decodes, drafts, chunks and whole prompts; lengths and slots at any address."""
+    from triton import knobs
+
+    layers = [{}, {"sliding_window": 40}]
+    engine = Engine(
+        layers,
+        dtype=torch.bfloat16,
+        kv_cache_dtype=kv_cache_dtype,
+        num_speculative_tokens=3,
+        num_blocks=160,
+    )
+    for layer in engine.layers:
+        layer.impl.warm_up(layer)
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        knobs.runtime,
+        "jit_post_compile_hook",
+        lambda **event: compiled.append(event["fn"].name),
+    )
+    random = Random(0)
+    for _ in range(1000):
+        longest = random.choice([1, 4, 16, 200])
+        lengths = []
+        for _ in range(random.randint(1, 6)):
+            query_len = random.randint(1, longest)
+            lengths.append((query_len, random.randint(0, MAX_MODEL_LEN - query_len)))
+        padding = {"padded_reqs": random.randint(0, 2)}
+        padding["padded_tokens"] = random.choice([0, 1, 13, 3000])
+        common = engine.fill(lengths, **padding)
+        for name in (
+            "query_start_loc",
+            "seq_lens",
+            "slot_mapping",
+            "block_table_tensor",
+        ):
+            tensor = getattr(common, name)
+            setattr(common, name, at_offset(tensor, random.randrange(4)))
+        metadata = engine.builder.build(0, common)
+        for layer in engine.layers:
+            query, key, value = engine.new_tokens(layer, common.num_actual_tokens)
+            if random.random() < 0.5:  # tensors of their own
+                query, key, value = query.clone(), key.contiguous(), value.clone()
+            query = engine.as_passed(layer, query)
+            output = torch.empty_like(query, dtype=engine.dtype)
+            run_layer(layer, query, key, value, metadata, output)
+        assert not compiled, (compiled, lengths, padding)
+
+
+def test_views_of_a_cache_are_made_once() -> None:
+    engine = Engine(kv_cache_dtype="fp8")
+    impl = engine.layers[0].impl
+    kv_cache = make_kv_cache(
+        KV_LAYOUTS[0], 4, BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE, torch.float16, DEVICE
+    ).view(torch.uint8)[..., ::2]
+    other = kv_cache.clone()
+    first = impl.key_value_caches(kv_cache)
+    assert impl.key_value_caches(kv_cache) is first
+    second = impl.key_value_caches(other)
+    assert [v.data_ptr() for v in second[:2]] != [v.data_ptr() for v in first[:2]]
+    assert all(view.dtype == current_platform.fp8_dtype() for view in first[:2])
+    assert first.k_scale is first.v_scale is None
+
+
+class Checks:
+    """Counts the calls that are checked; all others repeat one of them."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.engine, self.names = engine, []
+        for name in ("reshape_and_cache", "varlen_attention"):
+            monkeypatch.setattr(conch_attn, name, self.count(name))
+
+    def count(self, name: str) -> Any:
+        function = getattr(conch_attn, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.names.append(name)
+            return function(*args, **kwargs)
+
+        return counted
+
+    def of(self, lengths: Sequence[tuple[int, int]], **options: Any) -> list[str]:
+        """What a step checks, whose results are compared with the reference."""
+        self.names.clear()
+        self.engine.step(lengths, **options)
+        return self.names
+
+
+BOTH = ["reshape_and_cache", "varlen_attention"]
+
+
+def test_a_layer_checks_each_kind_of_batch_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine()
+    checks = Checks(engine, monkeypatch)
+    assert checks.of(BATCHES["decode"]) == BOTH
+    assert checks.of([(1, 3), (1, 90)], padded_reqs=1) == []
+    assert checks.of(BATCHES["mixed"]) == []
+    assert checks.of([(12, 30), (1, 7)]) == BOTH[1:]  # other tiles
+    assert checks.of([(12, 3), (12, 50)]) == []
+    assert checks.of(BATCHES["prefill"], causal=False) == BOTH[1:]
+    assert checks.of(BATCHES["decode"]) == []
+    engine.block_table = engine.block_table.clone()
+    assert checks.of(BATCHES["decode"]) == BOTH[1:]
+    rows = engine.new_tokens
+    monkeypatch.setattr(
+        engine, "new_tokens", lambda *args: [x.contiguous() for x in rows(*args)]
+    )
+    assert checks.of(BATCHES["decode"]) == BOTH
+    (layer,) = engine.layers
+    kv_cache = make_kv_cache(
+        KV_LAYOUTS[-1],
+        engine.num_blocks,
+        BLOCK_SIZE,
+        NUM_KV_HEADS,
+        HEAD_SIZE,
+        engine.dtype,
+        DEVICE,
+    )
+    bind_kv_cache(layer, kv_cache)
+    layer.caches = key_value_views(kv_cache, HEAD_SIZE)
+    assert checks.of(BATCHES["decode"]) == BOTH
+    assert len(layer.impl.attentions) == len(layer.impl.writes) == 1
+
+
+def test_schedules_have_calls_of_their_own() -> None:
+    """Microbatches have a builder each, and share the layers."""
+    engine = Engine()
+    engine.step(BATCHES["decode"])
+    (layer,) = engine.layers
+    other = ConchAttentionMetadataBuilder(
+        engine.builder.kv_cache_spec, ["layer.0"], engine.config, engine.builder.device
+    )
+    first, engine.builder = engine.builder, other
+    engine.step(BATCHES["decode"])
+    engine.builder = first
+    engine.step(BATCHES["verify"])
+    schedules = {prepared.schedule for prepared in layer.impl.attentions.values()}
+    expected = {*first.schedules.values(), *other.schedules.values()}
+    assert schedules == expected and len(expected) == 2
+
+
+def test_one_tokens_stride_is_not_that_of_more() -> None:
+    engine = Engine()
+    (layer,) = engine.layers
+    common = engine.fill([(3, 0)])
+    _, key, value = engine.new_tokens(layer, 1)
+    before = [cache.clone() for cache in layer.caches]
+    kv_cache = bound_kv_cache(layer)
+    for count in (1, 3):
+        slots = common.slot_mapping[:count]
+        layer.impl.write_kv_cache(layer, key[:count], value[:count], kv_cache, slots)
+    assert key[:1].stride() == key.stride()
+    engine.check_cache(layer, before, key, value, common.slot_mapping)
+
+
+def test_calls_are_kept_in_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conch_attn, "MAX_PREPARED", 2)
+    engine = Engine()
+    (layer,) = engine.layers
+    for _ in range(3):
+        engine.block_table = torch.cat([engine.block_table] * 2)[:8].clone()
+        engine.step([(1, 5)])
+        assert 1 <= len(layer.impl.attentions) <= 2
+
+
+def test_cache_is_freed_with_its_binding() -> None:
+    """The engine profiles with a cache of gigabytes that must not stay."""
+    engine = Engine()
+    engine.step(BATCHES["decode"])
+    (layer,) = engine.layers
+    del layer.caches
+    bound = weakref.ref(bound_kv_cache(layer))
+    bind_kv_cache(layer, torch.tensor([]))
+    gc.collect()
+    assert bound() is None
+    assert layer.impl.key_value is None
+    assert not layer.impl.attentions and not layer.impl.writes
+
+
+def test_schedules_are_made_for_the_group_and_the_configuration() -> None:
+    engine = Engine(num_speculative_tokens=3)
+    (schedule,) = engine.builder.schedules.values()
+    assert schedule.max_num_seqs == 8
+    assert schedule.max_num_tokens == MAX_NUM_TOKENS
+    assert schedule.decode_query_len == engine.builder.decode_query_len == 4
