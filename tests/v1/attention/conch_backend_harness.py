@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from tests.v1.attention.conch_release import (
     KV_LAYOUTS,
@@ -38,6 +39,7 @@ from vllm.attention.ops.conch import hopper_fp8_prefill
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.conch_attn import (
+    ConchAttentionBackend,
     ConchAttentionImpl,
     ConchAttentionMetadataBuilder,
 )
@@ -59,6 +61,11 @@ MAX_MODEL_LEN = 256
 MAX_NUM_TOKENS = 65536 if ON_GPU else 192
 NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 4, 2, 16
 HEAD_SIZE = 64 if ON_GPU else 32  # on a GPU one that its fastest kernels take
+
+needs_rswa = pytest.mark.skipif(
+    not hasattr(ConchAttentionBackend, "supports_rswa"),
+    reason="this release has no reference sliding window",
+)
 
 
 def make_config(

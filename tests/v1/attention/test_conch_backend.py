@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.v1.attention.conch_release import KV_LAYOUTS, run_layer
+from tests.v1.attention.conch_release import (
+    KV_LAYOUTS,
+    build_with_images,
+    run_layer,
+)
 
 from tests.kernels.attention.conch_harness import (  # noqa: F401
     DEVICE,
@@ -22,6 +26,7 @@ from tests.v1.attention.conch_backend_harness import (
     BLOCK_SIZE,
     NUM_HEADS,
     Engine,
+    needs_rswa,
 )
 from vllm.attention.ops.conch import hopper_prefill
 from vllm.attention.ops.conch.plan import Device
@@ -33,7 +38,6 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import triton
 from vllm.v1.attention.backends import conch_attn
 from vllm.v1.attention.backends.conch_attn import (
-    ConchAttentionBackend,
     ConchAttentionImpl,
     ConchAttentionMetadataBuilder,
 )
@@ -212,10 +216,6 @@ def test_some_sequences_of_a_batch_are_causal() -> None:
     Engine([{}, {"sliding_window": 16}]).step(BATCHES["mixed"], causal=flags)
 
 
-@pytest.mark.skipif(
-    not ConchAttentionBackend.supports_mm_prefix(),
-    reason="with this release such models are refused",
-)
 @pytest.mark.parametrize("in_window", [False, True])
 def test_images_are_seen_both_ways(in_window: bool) -> None:
     """Tokens of an image see all of it, in window layers too."""
@@ -230,13 +230,15 @@ def test_images_are_seen_both_ways(in_window: bool) -> None:
     )
     common = engine.fill(BATCHES["mixed"])
     # Sequence 1 has keys 0 to 32, 20 of them new; sequence 3 has 37 new ones.
-    common.mm_req_doc_ranges = {1: [(2, 20), (22, 30)], 3: [(5, 36)]}
-    metadata = builder.build(0, common)
+    images = {1: [(2, 20), (22, 30)], 3: [(5, 36)]}
+    metadata = build_with_images(builder, common, images, len(engine.layers))
     assert metadata.mm_prefix_range.shape == (4, 2, 2)
     for layer in engine.layers:
         engine.check(layer, metadata)
-    common.mm_req_doc_ranges = None
-    assert builder.build(0, common).mm_prefix_range is None
+    for none in ({}, {1: []}):
+        metadata = build_with_images(builder, common, none, len(engine.layers))
+        assert metadata.mm_prefix_range is None
+        engine.check(engine.layers[0], metadata)
 
 
 @pytest.mark.parametrize("batch", ["decode", "mixed", "verify"])
@@ -255,12 +257,6 @@ def test_chunks_without_a_window_are_none() -> None:
     engine = Engine([{"chunk_lookback": 1}])
     assert engine.layers[0].impl.schedule_key.chunk_lookback == -1
     engine.step(BATCHES["decode"])
-
-
-needs_rswa = pytest.mark.skipif(
-    not hasattr(ConchAttentionBackend, "supports_rswa"),
-    reason="this release has no reference sliding window",
-)
 
 
 def keep_prompt_and_window(
@@ -316,7 +312,6 @@ def test_batches_without_prompt_lengths_see_all() -> None:
     engine.layers[0].impl.run_dummy_batches(engine.layers[0])
 
 
-@needs_rswa
 @needs_rswa
 def test_prefix_lm_is_warmed_up_as_it_runs() -> None:
     """All of a prompt sees itself, in decoders too: no causal kernels to compile."""

@@ -14,7 +14,12 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     DEVICE,
     poisoned_scratch,
 )
-from tests.v1.attention.conch_backend_harness import HEAD_SIZE, Engine, selector_config
+from tests.v1.attention.conch_backend_harness import (
+    HEAD_SIZE,
+    Engine,
+    needs_rswa,
+    selector_config,
+)
 from vllm.config.cache import CacheDType
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
@@ -196,6 +201,19 @@ def test_layer_accepts_arguments_that_ask_for_nothing() -> None:
     Engine().make_impl("auto", sinks=None)
 
 
+@pytest.mark.parametrize("sees_images", [False, True])
+def test_layer_refuses_microbatches_of_images(sees_images: bool) -> None:
+    """The engine gives the parts of a batch the ranges of none, or of all."""
+    engine = Engine()
+    engine.config.parallel_config.enable_dbo = True
+    engine.config.model_config.is_mm_prefix_lm = sees_images
+    if not sees_images:
+        engine.make_impl("auto")
+        return
+    with pytest.raises(ValueError, match="enable-dbo.* not supported with images"):
+        engine.make_impl("auto")
+
+
 def test_layer_refuses_prefill_context_parallelism(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -211,6 +229,7 @@ def test_layer_refuses_prefill_context_parallelism(
         Engine()
 
 
+@needs_rswa
 def test_rswa_refuses_what_would_not_be_it() -> None:
     engine = Engine(rswa_window=24)
     with pytest.raises(ValueError, match="only one of sliding_window 16"):

@@ -52,6 +52,7 @@ from vllm.v1.attention.backends.conch_base import (
     ConchBackendBase,
     ConchBuilderBase,
     ConchImplBase,
+    ConchMetadataBase,
     attends_both_ways,
     bound_kv_cache,
     conch_impls,
@@ -62,6 +63,7 @@ from vllm.v1.attention.backends.conch_base import (
     mm_prefix_ranges,
     rswa_prefix_lens,
     rswa_window,
+    splits_batches,
     token_head_dtype,
     token_scale_views,
 )
@@ -281,7 +283,7 @@ class ConchAttentionBackend(ConchBackendBase):
 
 
 @dataclass
-class ConchAttentionMetadata:
+class ConchAttentionMetadata(ConchMetadataBase):
     """One step's batch, for all layers of a group.
 
     |------------------- seq_len -------------------|
@@ -299,6 +301,30 @@ class ConchAttentionMetadata:
     prefix_lens: torch.Tensor | None  # [num_reqs] of R-SWA: tokens that all see
     schedules: dict[ScheduleKey, VarlenSchedule]
     share: conch_dcp.Share | None = None  # where ranks share the keys
+
+    def update_schedules(self) -> None:
+        """Recomputes the schedules from the lengths that are now on the device."""
+        seq_lens, share = self.seq_lens, self.share
+        if share is not None:
+            share.update(
+                self.query_start_loc,
+                seq_lens,
+                self.max_query_len,
+                self.num_actual_tokens,
+            )
+            seq_lens = share.seq_lens
+            if share.is_empty:
+                return
+        for key, schedule in self.schedules.items():
+            schedule.update(
+                self.query_start_loc,
+                seq_lens,
+                max_query_len=self.max_query_len,
+                num_tokens=self.num_actual_tokens,
+                mm_prefix_range=self.mm_prefix_range,
+                mm_prefix_in_window=key.mm_prefix_in_window,
+                prefix_lens=self.prefix_lens if key.sees_prompt else None,
+            )
 
 
 class ConchAttentionMetadataBuilder(ConchBuilderBase):
@@ -391,7 +417,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             schedules=self.schedules,
             share=share,
         )
-        self.update_schedules(metadata)
+        metadata.update_schedules()
         return metadata
 
     def build_for_cudagraph_capture(
@@ -448,29 +474,6 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             return False
         query_lens = common.query_start_loc_cpu.diff()
         return bool((seq_lens[: len(query_lens)] <= query_lens).all())
-
-    def update_schedules(self, metadata: ConchAttentionMetadata) -> None:
-        seq_lens, share = metadata.seq_lens, metadata.share
-        if share is not None:
-            share.update(
-                metadata.query_start_loc,
-                seq_lens,
-                metadata.max_query_len,
-                metadata.num_actual_tokens,
-            )
-            seq_lens = share.seq_lens
-            if share.is_empty:
-                return
-        for key, schedule in self.schedules.items():
-            schedule.update(
-                metadata.query_start_loc,
-                seq_lens,
-                max_query_len=metadata.max_query_len,
-                num_tokens=metadata.num_actual_tokens,
-                mm_prefix_range=metadata.mm_prefix_range,
-                mm_prefix_in_window=key.mm_prefix_in_window,
-                prefix_lens=metadata.prefix_lens if key.sees_prompt else None,
-            )
 
 
 class ConchAttentionImpl(ConchImplBase):
@@ -562,12 +565,17 @@ class ConchAttentionImpl(ConchImplBase):
             current_platform.get_device_capability(),
         )
         model_config = self.vllm_config.model_config
-        if (
-            model_config is not None
-            and model_config.is_mm_prefix_lm
-            and not ConchAttentionBackend.supports_mm_prefix()
-        ):
+        sees_images = model_config is not None and model_config.is_mm_prefix_lm
+        if sees_images and not ConchAttentionBackend.supports_mm_prefix():
             reasons.append("partial multimodal token full attention not supported")
+        if splits_batches(self.vllm_config) and (
+            sees_images or sees_prompt or attends_both_ways(self.vllm_config)
+        ):
+            # The engine does not split these among the parts of a batch.
+            reasons.append(
+                "microbatches (--enable-dbo) not supported with images seen both ways, "
+                "R-SWA or non-causal attention"
+            )
         if self.num_shares > 1:
             reasons += conch_dcp.unsupported(self)
         if self.pcp_world_size > 1:

@@ -22,6 +22,7 @@ __all__ = [
     "AttentionSelectorConfig",
     "KV_LAYOUTS",
     "bind_kv_cache",
+    "build_with_images",
     "get_attn_backend",
     "make_kv_cache",
     "make_spec",
@@ -71,6 +72,19 @@ def make_kv_cache(
 
 def bind_kv_cache(layer: Any, kv_cache: torch.Tensor) -> None:
     layer.kv_cache = [kv_cache]
+
+
+def build_with_images(
+    builder: Any,
+    common: Any,
+    images: dict[int, list[tuple[int, int]]],
+    num_layers: int,
+) -> Any:
+    """Metadata of a batch whose requests have images at these positions."""
+    metadata = builder.build(0, common)
+    for _ in range(num_layers):
+        metadata.mm_prefix_range = images
+    return metadata
 
 
 def run_layer(

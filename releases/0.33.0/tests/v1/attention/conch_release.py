@@ -20,6 +20,7 @@ __all__ = [
     "AttentionSelectorConfig",
     "KV_LAYOUTS",
     "bind_kv_cache",
+    "build_with_images",
     "get_attn_backend",
     "make_kv_cache",
     "make_spec",
@@ -58,6 +59,17 @@ def make_kv_cache(
 
 def bind_kv_cache(layer: Any, kv_cache: torch.Tensor) -> None:
     layer.kv_cache = kv_cache
+
+
+def build_with_images(
+    builder: Any,
+    common: Any,
+    images: dict[int, list[tuple[int, int]]],
+    num_layers: int,
+) -> Any:
+    """Metadata of a batch whose requests have images at these positions."""
+    common.mm_req_doc_ranges = images
+    return builder.build(0, common)
 
 
 def run_layer(

@@ -40,6 +40,7 @@ __all__ = [
     "ConchBackendBase",
     "ConchBuilderBase",
     "ConchImplBase",
+    "ConchMetadataBase",
     "PAGE_MULTIPLE",
     "TOKEN_HEAD_FORMATS",
     "attends_both_ways",
@@ -53,6 +54,7 @@ __all__ = [
     "mm_prefix_ranges",
     "rswa_prefix_lens",
     "rswa_window",
+    "splits_batches",
     "token_head_dtype",
     "token_scale_views",
 ]
@@ -122,8 +124,13 @@ def is_batch_invariant() -> bool:
     return vllm_is_batch_invariant()
 
 
+def splits_batches(vllm_config: VllmConfig) -> bool:
+    """Whether batches may be run in parts, each with metadata of its own."""
+    return vllm_config.parallel_config.enable_dbo
+
+
 def mm_prefix_ranges(common: CommonAttentionMetadata) -> torch.Tensor | None:
-    """None: here models with such ranges are refused."""
+    """None: metadata gets them when it is built (`ConchMetadataBase`)."""
     return None
 
 
@@ -151,6 +158,10 @@ class ConchBackendBase(AttentionBackend):
     """The KV cache as CONCH wants it: one tensor, any physical layout."""
 
     accept_output_buffer: bool = True
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return True
 
     @staticmethod
     def get_supported_kernel_block_sizes() -> list[int | MultipleOf]:
@@ -181,6 +192,45 @@ class ConchBackendBase(AttentionBackend):
         return PHYSICAL_ORDERS[layout]
 
 
+class ConchMetadataBase:
+    """Metadata to which the engine adds the ranges of images after it is built.
+
+    It sets mm_prefix_range once for each layer, always to the same dict: of requests'
+    rows to the (first, last) position of each image. What is kept is None or a tensor,
+    [num_reqs, num_ranges, 2] int32, in which (0, 0) stands for no range.
+    """
+
+    seq_lens: torch.Tensor
+    images: dict[int, list[tuple[int, int]]] | None = None
+
+    @abstractmethod
+    def update_schedules(self) -> None:
+        """Recomputes the schedules, here for the ranges."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "mm_prefix_range" or not isinstance(value, dict):
+            super().__setattr__(name, value)
+        elif value is not self.images:
+            self.images = value
+            ranges = image_ranges(value, self.seq_lens)
+            self.mm_prefix_range = ranges
+            if ranges is not None:
+                self.update_schedules()
+
+
+def image_ranges(
+    images: dict[int, list[tuple[int, int]]], seq_lens: torch.Tensor
+) -> torch.Tensor | None:
+    """The images of each of the batch's requests, padded to as many."""
+    rows = [images.get(i, []) for i in range(len(seq_lens))]
+    num_ranges = max(map(len, rows))
+    if num_ranges == 0:
+        return None
+    padded = [row + [(0, 0)] * (num_ranges - len(row)) for row in rows]
+    ranges = torch.tensor(padded, dtype=torch.int32)
+    return ranges.to(seq_lens.device, non_blocking=True)
+
+
 class ConchBuilderBase(AttentionMetadataBuilder):
     def __init__(
         self,
@@ -199,10 +249,6 @@ class ConchBuilderBase(AttentionMetadataBuilder):
                 "model runner that VLLM_USE_V2_MODEL_RUNNER=1 chooses. Unset it, or "
                 'give --compilation-config \'{"cudagraph_mode": "NONE"}\'.'
             )
-
-    @abstractmethod
-    def update_schedules(self, metadata: Any) -> None:
-        """Recomputes the schedules from the lengths that are now on the device."""
 
 
 class ConchImplBase(AttentionImpl):

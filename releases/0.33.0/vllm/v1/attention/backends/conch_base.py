@@ -49,6 +49,7 @@ __all__ = [
     "ConchBackendBase",
     "ConchBuilderBase",
     "ConchImplBase",
+    "ConchMetadataBase",
     "PAGE_MULTIPLE",
     "TOKEN_HEAD_FORMATS",
     "attends_both_ways",
@@ -62,6 +63,7 @@ __all__ = [
     "mm_prefix_ranges",
     "rswa_prefix_lens",
     "rswa_window",
+    "splits_batches",
     "token_head_dtype",
     "token_scale_views",
 ]
@@ -131,6 +133,11 @@ def attends_both_ways(vllm_config: VllmConfig) -> bool:
 def is_batch_invariant() -> bool:
     """Whether results must not depend on the batch (VLLM_BATCH_INVARIANT=1)."""
     return envs.VLLM_BATCH_INVARIANT
+
+
+def splits_batches(vllm_config: VllmConfig) -> bool:
+    """Whether batches may be run in parts, each with metadata of its own."""
+    return vllm_config.parallel_config.use_ubatching
 
 
 def mm_prefix_ranges(common: CommonAttentionMetadata) -> torch.Tensor | None:
@@ -221,6 +228,10 @@ class ConchBackendBase(AttentionBackend):
         return PREFERRED_KV_CACHE_LAYOUTS
 
 
+class ConchMetadataBase:
+    """Metadata that the engine takes as it was built."""
+
+
 class ConchBuilderBase(AttentionMetadataBuilder):
     # Schedules are computed on the device from persistent tensors, so a speculator
     # can record their update in the CUDA graph of its draft steps.
@@ -245,12 +256,8 @@ class ConchBuilderBase(AttentionMetadataBuilder):
                 "another backend with --attention-backend."
             )
 
-    @abstractmethod
-    def update_schedules(self, metadata: Any) -> None:
-        """Recomputes the schedules from the lengths that are now on the device."""
-
     def update_draft_decode_metadata(self, metadata: Any) -> None:
-        self.update_schedules(metadata)
+        metadata.update_schedules()
 
 
 class ConchImplBase(AttentionImpl):
