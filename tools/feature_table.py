@@ -32,6 +32,7 @@ ENCODER = "tests/v1/attention/test_conch_backend_encoder.py"
 GRAPHS = "tests/v1/attention/test_conch_backend_graphs.py"
 TOKEN_HEAD = "releases/0.33.0/tests/v1/attention/test_conch_token_head.py"
 DCP = "tests/v1/attention/test_conch_dcp.py"
+ENGINE = "tests/v1/e2e/test_conch_engine.py"
 FEATURES = "tests/kernels/attention/test_conch_attention_features.py"
 MODELS = "tests/v1/e2e/test_conch_models.py"
 REFUSED = f"{SUPPORTS}::test_unsupported_configurations"
@@ -67,11 +68,7 @@ FLAGS = [
     ),
     ("DCP", "supports_dcp", f"{DCP}::test_batches"),
     ("PCP", "supports_pcp", REFUSED),
-    (
-        "KV connector",
-        "supports_kv_connector",
-        f"{SUPPORTS}::test_supported_configurations",
-    ),
+    ("KV connector", "supports_kv_connector", f"{ENGINE}::test_kv_connector"),
     (
         "Adaptive verification",
         "supports_device_cpu_query_lens_mismatch",
