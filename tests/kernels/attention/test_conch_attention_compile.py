@@ -144,9 +144,9 @@ def device_of(name: str):
 def record(case: Case, device) -> list[tuple]:
     """(Kernel, arguments, constants) of a mixed batch: schedule, decode, prefill."""
     conch = "vllm.attention.ops.conch"
-    attention, schedule, launch, plan = (
+    attention, arguments, schedule, launch, plan = (
         importlib.import_module(f"{conch}.{name}")
-        for name in ("varlen_attention", "schedule", "launch", "plan")
+        for name in ("varlen_attention", "arguments", "schedule", "launch", "plan")
     )
     launches: list[tuple] = []
 
@@ -180,7 +180,7 @@ def record(case: Case, device) -> list[tuple]:
         patch.setattr(launch.BoundLaunch, "__call__", call)
         patch.setattr(plan, "this_device", lambda index: device)
         patch.setattr(schedule, "this_device", lambda index: device)
-        patch.setattr(attention, "this_device", lambda index: device)
+        patch.setattr(arguments, "this_device", lambda index: device)
         # Tensors without memory have no addresses.
         patch.setattr(attention, "offset_in_page", lambda *args: half)
         work = schedule.VarlenSchedule(
