@@ -14,6 +14,7 @@ import torch
 from tests.v1.attention.conch_release import (
     KV_LAYOUTS,
     bind_kv_cache,
+    build_with_images,
     make_kv_cache,
     run_layer,
 )
@@ -32,6 +33,7 @@ from tests.v1.attention.conch_backend_harness import (
     NUM_KV_HEADS,
     Engine,
 )
+from vllm.attention.ops.conch.launch import BoundLaunch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends import conch_attn
 from vllm.v1.attention.backends.conch_attn import ConchAttentionMetadataBuilder
@@ -59,6 +61,32 @@ def test_warm_up_leaves_the_cache_alone(kv_cache_dtype: str) -> None:
     for cache, old in zip(layer.caches, before):
         assert torch.equal(cache.contiguous().view(torch.uint8), old)
     assert not layer.impl.attentions  # nor is the schedule kept
+
+
+def test_warm_up_launches_what_images_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a variant depends on but devices, dtypes and alignments."""
+    launched = set()
+    call = BoundLaunch.__call__
+
+    def record(bound: BoundLaunch, *tensors: Any, **options: Any) -> None:
+        described = bound.launch
+        given = tuple(tensor is None for tensor in (*tensors, *bound.tensors))
+        constants = sorted(described.constants.items())
+        launched.add((described.kernel.__name__, str(constants), given))
+        call(bound, *tensors, **options)
+
+    engine = Engine([{}, {"sliding_window": 16}])
+    engine.config.model_config.is_mm_prefix_lm = True
+    monkeypatch.setattr(BoundLaunch, "__call__", record)
+    for layer in engine.layers:
+        layer.impl.run_dummy_batches(layer)
+    warm = launched.copy()
+    for batch, images in ("mixed", {1: [(2, 20), (22, 30)]}), ("decode", {0: [(0, 3)]}):
+        common = engine.fill(BATCHES[batch])
+        metadata = build_with_images(engine.builder, common, images, 2)
+        for layer in engine.layers:
+            engine.check(layer, metadata)
+    assert launched == warm
 
 
 @gpu_only

@@ -10,7 +10,7 @@ conch_base.py holds what depends on the form of vLLM's interface.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, starmap
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -476,6 +476,26 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         return bool((seq_lens[: len(query_lens)] <= query_lens).all())
 
 
+class DummyBatch(NamedTuple):
+    """A sequence that is attended to before vLLM serves.
+
+    Attributes:
+        query_len: its length.
+        causal: whether attention is causal, or a tensor that says it.
+        packed: whether query, key and value are slices of one tensor, as many models
+            pass them, or each has its own: kernels are compiled for the alignment of
+            strides.
+        quantized: whether the output is quantised to fp8.
+        has_images: whether there are ranges that are seen both ways.
+    """
+
+    query_len: int
+    causal: bool | torch.Tensor
+    packed: bool
+    quantized: bool
+    has_images: bool
+
+
 class ConchAttentionImpl(ConchImplBase):
     """One layer's attention.
 
@@ -849,16 +869,20 @@ class ConchAttentionImpl(ConchImplBase):
             shares.add(self, schedule.device)
         quantizes = self.vllm_config.compilation_config.pass_config.fuse_attn_quant
         quantizes &= self.num_shares == 1
-        for query_len, causal, packed, quantized in product(
-            self.warm_up_query_lens(schedule.device),
-            self.causal_modes(schedule.device),
-            (False, True),
-            (False, True) if quantizes else (False,),
+        model_config = self.vllm_config.model_config
+        sees_images = model_config is not None and model_config.is_mm_prefix_lm
+        for batch in starmap(
+            DummyBatch,
+            product(
+                self.warm_up_query_lens(schedule.device),
+                self.causal_modes(schedule.device),
+                (False, True),
+                (False, True) if quantizes else (False,),
+                (False, True) if sees_images else (False,),
+            ),
         ):
-            if query_len <= schedule.max_num_tokens:
-                self.run_dummy_batch(
-                    layer, schedule, shares, query_len, causal, packed, quantized
-                )
+            if batch.query_len <= schedule.max_num_tokens:
+                self.run_dummy_batch(layer, schedule, shares, batch)
         self.attentions.clear()  # they would keep the schedule, which has megabytes
 
     def causal_modes(self, device: torch.device) -> tuple[bool | torch.Tensor, ...]:
@@ -883,10 +907,7 @@ class ConchAttentionImpl(ConchImplBase):
         layer: AttentionLayer,
         schedule: VarlenSchedule,
         shares: conch_dcp.Shares | None,
-        query_len: int,
-        causal: bool | torch.Tensor,
-        packed: bool,
-        quantized: bool,
+        batch: DummyBatch,
     ) -> None:
         """Writes and attends one sequence.
 
@@ -894,19 +915,15 @@ class ConchAttentionImpl(ConchImplBase):
             layer: the layer of this implementation.
             schedule: made for the layer.
             shares: likewise, if ranks share its keys.
-            query_len: the sequence's length.
-            causal: whether attention is causal, or a tensor that says it.
-            packed: whether query, key and value are slices of one tensor, as many
-                models pass them, or each has its own: kernels are compiled for
-                the alignment of strides.
-            quantized: whether the output is quantised to fp8.
+            batch: the sequence and what is asked for.
         """
+        query_len = batch.query_len
         device = schedule.device
         # Fewer tokens that are read as pages are copied, see `pages_of_batch`.
         reads_batch = self.is_encoder or shares is not None
         num_tokens = max(query_len, 2 * PAGE_MULTIPLE if reads_batch else 0)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        if packed:
+        if batch.packed:
             packed_rows = torch.zeros(
                 num_tokens, sum(heads), self.head_size, dtype=self.dtype, device=device
             )
@@ -930,8 +947,8 @@ class ConchAttentionImpl(ConchImplBase):
             seq_lens=integers(query_len),
             block_table=integers(0).expand(1, max_blocks).contiguous(),
             slot_mapping=torch.full((query_len,), -1, device=device),
-            causal=causal,
-            mm_prefix_range=None,
+            causal=batch.causal,
+            mm_prefix_range=integers(0, 0).view(1, 1, 2) if batch.has_images else None,
             prefix_lens=integers(1) if self.schedule_key.sees_prompt else None,
             schedules={self.schedule_key: schedule},
         )
@@ -945,13 +962,14 @@ class ConchAttentionImpl(ConchImplBase):
             seq_lens,
             max_query_len=query_len,
             num_tokens=query_len,
+            mm_prefix_range=metadata.mm_prefix_range,
             mm_prefix_in_window=self.schedule_key.mm_prefix_in_window,
             prefix_lens=metadata.prefix_lens,
         )
         kv_cache = bound_kv_cache(layer)
         self.write_kv_cache(layer, key, value, kv_cache, metadata.slot_mapping)
-        output_scale = torch.ones(1, device=device) if quantized else None
-        dtype = current_platform.fp8_dtype() if quantized else self.dtype
+        output_scale = torch.ones(1, device=device) if batch.quantized else None
+        dtype = current_platform.fp8_dtype() if batch.quantized else self.dtype
         output = torch.empty_like(query, dtype=dtype)
         query = query.to(self.query_dtype)
         self.attend(layer, query, key, value, kv_cache, metadata, output, output_scale)
