@@ -109,7 +109,7 @@ STUBS = {
     "set_default_device = set_default_dtype = print\n",
     "torch/overrides.py": "class TorchFunctionMode:\n"
     "    __enter__ = __exit__ = lambda *_: None\n",
-    "vllm/attention/ops/conch/launch.py": "class Launch:\n"
+    "vllm/attention/ops/conch/launch.py": "class BoundLaunch:\n"
     "    def __call__(self): ...\n",
     "vllm/v1/attention/backends/conch_attn.py": "class ConchBackendBase: ...\n"
     "class ConchAttentionBackend:\n"
@@ -117,10 +117,10 @@ STUBS = {
     "class ConchAttentionMetadataBuilder:\n"
     "    def build(self): ...\n",
     "test_a.py": "import pytest\n"
-    "from vllm.attention.ops.conch.launch import Launch\n"
+    "from vllm.attention.ops.conch.launch import BoundLaunch\n"
     "@pytest.mark.parametrize('reaches', [False, True])\n"
     "def test_conch(reaches):\n"
-    "    if reaches: Launch()()\n",
+    "    if reaches: BoundLaunch()()\n",
 }
 
 
