@@ -21,6 +21,7 @@ import vllm  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 
 WEIGHTS = "model.safetensors"
+engines: list[vllm.LLM] = []  # the one that was made last
 
 
 def make_weights(folder: Path) -> None:
@@ -35,8 +36,10 @@ def make_weights(folder: Path) -> None:
 
 
 def LLM(model: str, **options: Any) -> vllm.LLM:
-    """An engine; those before it make room."""
+    """An engine; the one before it makes room."""
     make_weights(Path(model))
+    while engines:
+        engines.pop().llm_engine.engine_core.shutdown()
     gc.collect()
     cleanup_dist_env_and_memory()
     if not torch.cuda.is_available():
@@ -49,4 +52,5 @@ def LLM(model: str, **options: Any) -> vllm.LLM:
             "num_gpu_blocks_override": 1024,
             "max_num_batched_tokens": 512,
         }
-    return vllm.LLM(model, **options)
+    engines.append(vllm.LLM(model, **options))
+    return engines[-1]
