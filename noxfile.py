@@ -181,14 +181,17 @@ def run_upstream(session: nox.Session, tree: Path, release: str) -> None:
     session.run("python", script, release, str(tree), str(folder), "--device", device)
     session.chdir(folder)
     pytest = ["python", "-m", "pytest", "-ra", "--durations=10", "-c", "pytest.ini"]
-    environment = {"HF_HUB_OFFLINE": "1"}  # the folder has all that a test asks for
+    # The folder has all that a test asks for.
+    environment = ON_GPU | {"HF_HUB_OFFLINE": "1"}
     if device == "cpu":
         pytest += ["-n", str(min(os.cpu_count() or 1, 8))]
         # Without tracing their reference, flex_attention, takes half the time.
         environment = INTERPRETER | {"TORCHDYNAMO_DISABLE": "1"}
-    if not any(argument.startswith("tests/") for argument in session.posargs):
-        pytest += Path("tests.txt").read_text().split()
-    session.run(*pytest, *session.posargs, env=environment)
+    runs = Path("tests.txt").read_text().splitlines()
+    if any(argument.startswith("tests/") for argument in session.posargs):
+        runs = [""]
+    for tests in runs:
+        session.run(*pytest, *tests.split(), *session.posargs, env=environment)
 
 
 def release_pythons(session: nox.Session) -> dict[str, str]:

@@ -32,8 +32,8 @@ ENCODER = "tests/v1/attention/test_conch_backend_encoder.py"
 GRAPHS = "tests/v1/attention/test_conch_backend_graphs.py"
 TOKEN_HEAD = "releases/0.33.0/tests/v1/attention/test_conch_token_head.py"
 DCP = "tests/v1/attention/test_conch_dcp.py"
-ENGINE = "tests/v1/e2e/test_conch_engine.py"
-MODELS = "tests/v1/e2e/test_conch_models.py"
+ENGINE = "tests/v1/e2e/general/test_conch_engine.py"
+MODELS = "tests/v1/e2e/general/test_conch_models.py"
 REFUSED = f"{SUPPORTS}::test_unsupported_configurations"
 TYPES = {
     AttentionType.DECODER: "decoder",

@@ -8,16 +8,18 @@ TREE is what `python -m patchset tree VERSION TREE` makes. The folder gets those
 tests that releases/VERSION/upstream.toml names, with its edits in them, what they
 import, the sizes of the models that they name, and a plugin for pytest. In the folder,
 
-    python -m pytest -c pytest.ini --rootdir . $(cat tests.txt)
+    while read -r tests; do python -m pytest -c pytest.ini $tests; done < tests.txt
 
 runs them. upstream.toml holds
 
     watched             paths of upstream's tests that are about attention
     mentions            pattern: so are all tests in whose text it is found
     [models]            config.json of models that tests name; no weights
+    read_text           those of them with a tokenizer: a token is a byte
     [[files]]           a test file that runs: path
         edits           as in release.toml; device = "cpu" or "gpu": only there
         unchanged       true: it runs as it is, whether or not it reaches CONCH
+        alone           true: in a process of its own, for what it changes there
         conch           tests that reach CONCH; true, or a pattern of cases: a CPU runs
                         all or these; false: only a GPU does
         [[left_out]]    patterns of test and case that do not run, with the reason
@@ -99,7 +101,10 @@ def edited(tree: Path, file: dict[str, Any], device: str) -> str:
 
 
 def imported(path: str, text: str) -> Iterator[str]:
-    """Modules that a test imports, as paths without suffix; some are not there."""
+    """Modules that a test imports, as paths without suffix; some are not there.
+
+    pytest imports a test from its folder, whose modules it can name by that alone.
+    """
     package = Path(path).parent
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -112,7 +117,11 @@ def imported(path: str, text: str) -> Iterator[str]:
             modules = [module, *(f"{module}.{alias.name}" for alias in node.names)]
         else:
             continue
-        yield from (m.replace(".", "/") for m in modules if m.split(".")[0] == "tests")
+        for module in modules:
+            if module.split(".")[0] == "tests":
+                yield module.replace(".", "/")
+            elif "." not in module:
+                yield (package / module).as_posix()
 
 
 def with_imports(tree: Path, texts: dict[str, str]) -> dict[str, str]:
@@ -132,6 +141,36 @@ def with_imports(tree: Path, texts: dict[str, str]) -> dict[str, str]:
     return texts
 
 
+def runs_of(paths: list[str], data: dict[str, Any]) -> list[str]:
+    """The paths of each run of pytest: those that need no process alone, then each."""
+    alone = [file["path"] for file in data["files"] if file.get("alone")]
+    together = [path for path in paths if path not in alone]
+    return [" ".join(together), *(path for path in paths if path in alone)]
+
+
+def byte_tokenizer() -> dict[str, Any]:
+    """tokenizer.json of a tokenizer without merges, over the alphabet of GPT-2's.
+
+    There a byte is the character of the same number if that can be printed, else one
+    from 256 on.
+    """
+    printed = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    names = [chr(byte if byte in printed else next(others)) for byte in range(256)]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": level | {"use_regex": False},
+        "decoder": level | {"use_regex": False},
+        "model": {
+            "type": "BPE",
+            "vocab": {name: byte for byte, name in enumerate(names)},
+            "merges": [],
+        },
+    }
+
+
 def prepare(version: str, tree: Path, folder: Path, device: str) -> None:
     """Makes the folder.
 
@@ -148,6 +187,10 @@ def prepare(version: str, tree: Path, folder: Path, device: str) -> None:
     texts |= Relocation(release.relocate, release.imports).texts(parts)
     for model, config in data["models"].items():
         texts[f"{model}/config.json"] = json.dumps(config)
+    for model in data.get("read_text", []):
+        texts[f"{model}/tokenizer.json"] = json.dumps(byte_tokenizer())
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        texts[f"{model}/tokenizer_config.json"] = json.dumps(kind)
     selection = {
         file["path"]: {
             "conch": file.get("conch", {}),
@@ -162,7 +205,7 @@ def prepare(version: str, tree: Path, folder: Path, device: str) -> None:
         for path, chosen in selection.items()
         if device == "gpu" or chosen["unchanged"] or any(chosen["conch"].values())
     ]
-    texts["tests.txt"] = "\n".join(running) + "\n"
+    texts["tests.txt"] = "".join(f"{run}\n" for run in runs_of(running, data))
     # Marks that upstream registers, and its deprecations, are upstream's.
     texts["pytest.ini"] = "[pytest]\naddopts = -p conch_plugin --disable-warnings\n"
     shutil.rmtree(folder, ignore_errors=True)

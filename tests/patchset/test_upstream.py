@@ -12,7 +12,14 @@ import pytest
 from patchset.edits import EditError
 from patchset.errors import PatchError
 from patchset.releases import ROOT, supported
-from tools.upstream_tests import check_lists, edited, load, with_imports
+from tools.upstream_tests import (
+    byte_tokenizer,
+    check_lists,
+    edited,
+    load,
+    runs_of,
+    with_imports,
+)
 
 TEST = "import pytest\n\nBACKENDS = ['TRITON_ATTN']\n"
 
@@ -27,7 +34,9 @@ def tree(tmp_path):
         "tests/tools/two.py": "",
         "tests/tools/three.py": "",
         "tests/other/test_b.py": "TRITON_ATTN = 1\n",
-        "tests/other/test_c.py": "",
+        "tests/other/test_c.py": "from beside import one\nimport beneath, three\n",
+        "tests/other/beside.py": "",
+        "tests/other/beneath.py": "",
     }
     for path, text in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +103,26 @@ def test_what_a_test_imports_comes_with_it(tree):
     ]
 
 
+def test_a_test_outside_a_package_imports_what_is_beside_it(tree):
+    path = "tests/other/test_c.py"
+    texts = with_imports(tree, {path: (tree / path).read_text()})
+    found = [text for text in sorted(texts) if text.startswith("tests/other/")]
+    assert found == ["tests/other/beneath.py", "tests/other/beside.py", path]
+
+
+def test_a_file_can_have_a_process_alone():
+    data = {"files": [{"path": "a"}, {"path": "b", "alone": True}, {"path": "c"}]}
+    assert runs_of(["a", "b", "c"], data) == ["a c", "b"]
+    assert runs_of(["a", "c"], data) == ["a c"]
+
+
+def test_the_tokenizer_has_a_token_for_every_byte():
+    vocabulary = byte_tokenizer()["model"]["vocab"]
+    assert sorted(vocabulary.values()) == list(range(256))
+    known = {"a": 97, "Ġ": 32, "Ċ": 10, "é": 233}  # GPT-2's for b"a", b" ", b"\n"
+    assert vocabulary | known == vocabulary
+
+
 @pytest.mark.parametrize("release", supported(), ids=lambda r: str(r.version))
 def test_every_edit_and_every_file_left_out_has_its_reason(release):
     data = load(release)
@@ -109,7 +138,7 @@ STUBS = {
     "set_default_device = set_default_dtype = print\n",
     "torch/overrides.py": "class TorchFunctionMode:\n"
     "    __enter__ = __exit__ = lambda *_: None\n",
-    "vllm/attention/ops/conch/launch.py": "class Launch:\n"
+    "vllm/attention/ops/conch/launch.py": "class BoundLaunch:\n"
     "    def __call__(self): ...\n",
     "vllm/v1/attention/backends/conch_attn.py": "class ConchBackendBase: ...\n"
     "class ConchAttentionBackend:\n"
@@ -117,10 +146,10 @@ STUBS = {
     "class ConchAttentionMetadataBuilder:\n"
     "    def build(self): ...\n",
     "test_a.py": "import pytest\n"
-    "from vllm.attention.ops.conch.launch import Launch\n"
+    "from vllm.attention.ops.conch.launch import BoundLaunch\n"
     "@pytest.mark.parametrize('reaches', [False, True])\n"
     "def test_conch(reaches):\n"
-    "    if reaches: Launch()()\n",
+    "    if reaches: BoundLaunch()()\n",
 }
 
 

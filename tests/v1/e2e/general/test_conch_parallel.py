@@ -5,7 +5,7 @@
 Workers are processes that vLLM starts. On a machine without GPUs they speak through
 gloo and interpret the kernels; with GPUs each has one, so that two are needed.
 
-    pytest tests/v1/e2e/test_conch_parallel.py
+    pytest tests/v1/e2e/general/test_conch_parallel.py
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.v1.e2e.conch_engine import (
+from tests.v1.e2e.general.conch_engine import (
     ON_GPU,
     SHAPE,
     VOCABULARY,

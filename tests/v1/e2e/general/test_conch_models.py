@@ -20,7 +20,7 @@ import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedModel
 
-from tests.v1.e2e.conch_engine import (
+from tests.v1.e2e.general.conch_engine import (
     ON_GPU,
     SHAPE,
     VOCABULARY,

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.v1.e2e.conch_engine import SHAPE, engine, generate, random_prompts, save
+from tests.v1.e2e.general.conch_engine import (
+    SHAPE,
+    engine,
+    generate,
+    random_prompts,
+    save,
+)
 
 
 def test_calculated_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

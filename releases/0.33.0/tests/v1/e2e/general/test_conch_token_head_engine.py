@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.v1.e2e.conch_engine import (
+from tests.v1.e2e.general.conch_engine import (
     SHAPE,
     engine,
     generate,

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.v1.e2e.conch_engine import (
+from tests.v1.e2e.general.conch_engine import (
     ON_GPU,
     SHAPE,
     engine,

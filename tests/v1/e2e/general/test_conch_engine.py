@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import vllm
-from tests.v1.e2e.conch_engine import (
+from tests.v1.e2e.general.conch_engine import (
     ON_GPU,
     SHAPE,
     engine,
