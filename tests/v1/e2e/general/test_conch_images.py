@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 
-from tests.v1.e2e.conch_engine import (
+from tests.v1.e2e.general.conch_engine import (
     SHAPE,
     VOCABULARY,
     engine,
