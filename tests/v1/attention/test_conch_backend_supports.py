@@ -53,7 +53,7 @@ SUPPORTED = [
     {"use_batch_invariant": True},
     {"has_sink": True},
     {"use_rswa": True},
-    *([{"use_mm_prefix": True}] if ConchAttentionBackend.supports_mm_prefix() else []),
+    {"use_mm_prefix": True},
     {"attn_type": AttentionType.DECODER},
     {"attn_type": AttentionType.ENCODER},
     {"attn_type": AttentionType.ENCODER_ONLY},
@@ -77,11 +77,6 @@ UNSUPPORTED = [
     ),
     ({"use_mla": True}, "MLA not supported"),
     ({"use_sparse": True}, "sparse not supported"),
-    *(
-        []
-        if ConchAttentionBackend.supports_mm_prefix()
-        else [({"use_mm_prefix": True}, "partial multimodal token full attention")]
-    ),
     ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),
     ({"use_pcp": True}, "PCP not supported"),
     ({"attn_type": "prefix"}, "attention type prefix not supported"),

@@ -250,6 +250,10 @@ class ConchAttentionBackend(ConchBackendBase):
         return MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE
 
     @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_sink(cls) -> bool:
         return True
 
@@ -584,12 +588,8 @@ class ConchAttentionImpl(ConchImplBase):
             attn_type,
             current_platform.get_device_capability(),
         )
-        model_config = self.vllm_config.model_config
-        sees_images = model_config is not None and model_config.is_mm_prefix_lm
-        if sees_images and not ConchAttentionBackend.supports_mm_prefix():
-            reasons.append("partial multimodal token full attention not supported")
         if splits_batches(self.vllm_config) and (
-            sees_images or sees_prompt or attends_both_ways(self.vllm_config)
+            self.sees_images or sees_prompt or attends_both_ways(self.vllm_config)
         ):
             # The engine does not split these among the parts of a batch.
             reasons.append(
@@ -621,6 +621,12 @@ class ConchAttentionImpl(ConchImplBase):
                 + "; ".join(reasons)
                 + ". Choose another backend with --attention-backend."
             )
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether tokens of the model's images see each other both ways."""
+        model_config = self.vllm_config.model_config
+        return model_config is not None and model_config.is_mm_prefix_lm
 
     def prefers_fp8_queries(self) -> bool:
         """Whether vLLM's layer should quantise queries, with its q_scale.
@@ -869,8 +875,6 @@ class ConchAttentionImpl(ConchImplBase):
             shares.add(self, schedule.device)
         quantizes = self.vllm_config.compilation_config.pass_config.fuse_attn_quant
         quantizes &= self.num_shares == 1
-        model_config = self.vllm_config.model_config
-        sees_images = model_config is not None and model_config.is_mm_prefix_lm
         for batch in starmap(
             DummyBatch,
             product(
@@ -878,7 +882,7 @@ class ConchAttentionImpl(ConchImplBase):
                 self.causal_modes(schedule.device),
                 (False, True),
                 (False, True) if quantizes else (False,),
-                (False, True) if sees_images else (False,),
+                (False, True) if self.sees_images else (False,),
             ),
         ):
             if batch.query_len <= schedule.max_num_tokens:
@@ -952,20 +956,9 @@ class ConchAttentionImpl(ConchImplBase):
             prefix_lens=integers(1) if self.schedule_key.sees_prompt else None,
             schedules={self.schedule_key: schedule},
         )
-        seq_lens = metadata.seq_lens
         if shares is not None:
-            share = metadata.share = shares.build(1, query_len, is_empty=False)
-            share.update(metadata.query_start_loc, seq_lens, query_len, query_len)
-            seq_lens = share.seq_lens
-        schedule.update(
-            metadata.query_start_loc,
-            seq_lens,
-            max_query_len=query_len,
-            num_tokens=query_len,
-            mm_prefix_range=metadata.mm_prefix_range,
-            mm_prefix_in_window=self.schedule_key.mm_prefix_in_window,
-            prefix_lens=metadata.prefix_lens,
-        )
+            metadata.share = shares.build(1, query_len, is_empty=False)
+        metadata.update_schedules()
         kv_cache = bound_kv_cache(layer)
         self.write_kv_cache(layer, key, value, kv_cache, metadata.slot_mapping)
         output_scale = torch.ones(1, device=device) if batch.quantized else None

@@ -217,13 +217,11 @@ class Shares:
 
 def unsupported(impl: Any) -> list[str]:
     """Every reason why a layer cannot run with DCP."""
-    model_config = impl.vllm_config.model_config
     positions = "as a rank does not see its keys' distance"
     reasons = {
         f"sliding_window {impl.sliding_window}, {positions}": impl.sliding_window,
         f"ALiBi, {positions}": impl.alibi_slopes is not None,
-        "images that are seen both ways": model_config is not None
-        and model_config.is_mm_prefix_lm,
+        "images that are seen both ways": impl.sees_images,
         "KV sharing, as new keys are read from the layer's own": (
             impl.kv_sharing_target_layer_name
         ),

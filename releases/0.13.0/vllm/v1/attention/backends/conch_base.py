@@ -159,10 +159,6 @@ class ConchBackendBase(AttentionBackend):
 
     accept_output_buffer: bool = True
 
-    @classmethod
-    def supports_mm_prefix(cls) -> bool:
-        return True
-
     @staticmethod
     def get_supported_kernel_block_sizes() -> list[int | MultipleOf]:
         return [MultipleOf(PAGE_MULTIPLE)]

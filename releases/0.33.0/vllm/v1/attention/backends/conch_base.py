@@ -200,10 +200,6 @@ class ConchBackendBase(AttentionBackend):
         return True
 
     @classmethod
-    def supports_mm_prefix(cls) -> bool:
-        return True
-
-    @classmethod
     def supports_alibi_sqrt(cls) -> bool:
         return True
 
