@@ -107,9 +107,18 @@ def unified_attention(
 
 
 def flash_attn_varlen_func(
-    q: torch.Tensor, out: torch.Tensor | None = None, **arguments: Any
+    q: torch.Tensor,
+    out: torch.Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    dynamic_causal: torch.Tensor | None = None,
+    **arguments: Any,
 ) -> torch.Tensor:
     """FlashAttention's interface over pages."""
+    arguments["causal"] = causal if dynamic_causal is None else dynamic_causal
+    arguments["window_size"] = (-1, -1) if window_size is None else window_size
+    arguments["softcap"] = softcap
     if out is None:
         # As upstream's: a query in fp8 gives bfloat16.
         dtype = torch.bfloat16 if q.dtype.itemsize == 1 else q.dtype

@@ -141,6 +141,15 @@ BAD_BATCHES = [
     ("chunk_lookback", "empty chunks", windowed(chunk_lookback=8)),
     ("chunk_lookback", "not causal", windowed(chunk_lookback=1, causal=False)),
     ("chunk_lookback", "flags", windowed(chunk_lookback=1, causal=zeros(2))),
+    (
+        "sliding_window",
+        "of unequal chunks",
+        windowed(
+            chunk_lookback=2,
+            mm_prefix_range=zeros(2, 1, 2),
+            mm_prefix_in_window=True,
+        ),
+    ),
     ("output_scale", "two", change("output_scale", lambda t: ones(2))),
     ("output_scale", "device", change("output_scale", lambda t: elsewhere(ones(1)))),
     ("output", "not fp8", change("output_scale", lambda t: ones(1))),

@@ -224,6 +224,22 @@ def test_chunk_lookback(lengths, window, lookback):
     check_splits(make_batch(lengths, sliding_window=window, chunk_lookback=lookback))
 
 
+@pytest.mark.parametrize("window, lookback", [(16, 0), (30, 1), (9, 2)])
+@pytest.mark.parametrize("in_window", [False, True])
+@all_batches
+def test_ranges_and_chunks(lengths, in_window, window, lookback):
+    """Ranges stay in the whole window, not in the chunks that it is cut into."""
+    check_splits(
+        make_batch(
+            lengths,
+            sliding_window=window,
+            chunk_lookback=lookback,
+            mm_prefix_range=ranges_of(lengths),
+            mm_prefix_in_window=in_window,
+        )
+    )
+
+
 @pytest.mark.parametrize("kv_dtype", [None, KV_FP8_DTYPES[0]])
 @pytest.mark.parametrize("block_size", [16, 48])
 @all_batches

@@ -139,6 +139,56 @@ def test_softcaps_at_their_limits(softcap, side):
     assert_close("LSE", lse[:live], reference.lse, lse_tolerance(reference))
 
 
+def overlapping_pages(tokens: torch.Tensor) -> torch.Tensor:
+    """[num_pages, 16, num_kv_heads, head_size]: page i begins at token i."""
+    return tokens.unfold(0, 16, 1).movedim(-1, 1)
+
+
+def test_boxes_of_overlapping_pages():
+    """Every token lies in the shape, past which TMA reads zeros."""
+    pages = overlapping_pages(torch.zeros(40, 2, 64, dtype=torch.bfloat16))
+    described = hopper_prefill.describe_pages(pages, (1, 16, 1, 64))
+    assert described.shape == [40, 1, 2, 64]
+    assert described.block_shape == [16, 1, 1, 64]
+    assert described.strides == [128, 128, 64, 1]
+    with pytest.raises(ValueError, match="16 slots overlap; boxes of 8"):
+        hopper_prefill.describe_pages(pages, (1, 8, 1, 64))
+    apart = hopper_prefill.describe_pages(pages[::16].contiguous(), (1, 16, 1, 64))
+    assert apart.shape == [2, 16, 2, 64]
+    assert apart.block_shape == [1, 16, 1, 64]
+
+
+@on_hopper
+@pytest.mark.parametrize("num_tokens", [129, 143, 144, 145])
+def test_keys_of_the_batch_itself(num_tokens):
+    """As an encoder's: the last page reaches behind the last token."""
+    new = torch.randn(2, num_tokens, 4, 64, dtype=torch.bfloat16, device=DEVICE)
+    query = torch.randn(num_tokens, 4, 64, dtype=torch.bfloat16, device=DEVICE)
+    starts = torch.arange(0, num_tokens + 15, 16, dtype=torch.int32, device=DEVICE)
+    config = hopper_prefill.CONFIGS[64]
+    tiles = range(-(-num_tokens // config.block_m))
+    work = [[0, tile, 0, num_tokens, num_tokens, 0, 0, 0] for tile in tiles]
+    output = torch.full_like(query, SENTINEL)
+    hopper_prefill.hopper_prefill(
+        query,
+        *map(overlapping_pages, new),
+        output,
+        starts[None],
+        torch.tensor([*work, [-1] * 8], dtype=torch.int32, device=DEVICE),
+        pack=1,
+        scale=0.125,
+        causal=False,
+        sliding_window=17,
+    )
+    key, value = new.double()
+    scores = torch.einsum("qhd,khd->hqk", query.double(), key) / 8
+    place = torch.arange(num_tokens, device=DEVICE)
+    hidden = (place[:, None] - place).abs() >= 17
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    expected = torch.einsum("hqk,khd->qhd", weights, value)
+    torch.testing.assert_close(output.double(), expected, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [

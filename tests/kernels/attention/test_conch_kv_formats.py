@@ -41,7 +41,7 @@ from vllm.attention.ops.conch import reshape_and_cache
 from vllm.attention.ops.conch.kv_format import decode_e4m3
 from vllm.attention.ops.conch.rotation import prepare as prepare_rotation
 from vllm.attention.ops.conch.rotation import rotate as rotate_heads
-from vllm.attention.ops.conch.rotation import split_norm
+from vllm.attention.ops.conch.rotation import rotation_matrix, split_norm
 from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
 
@@ -136,6 +136,14 @@ def check_scaled(batch: ScaledBatch) -> None:
         allowed += limits.eps / 2 * expected.abs().clamp(min=limits.smallest_normal)
     assert_close("output", output, expected, allowed)
     assert_close("LSE", lse, exact.lse, 16 * 2.0**-24 * exact.lse_drift)
+
+
+def test_rotation_is_made_whatever_the_default_device():
+    arguments = 24, 32, torch.float32, torch.device("cpu"), 4.0
+    expected = rotation_matrix(*arguments)
+    with torch.device("meta"):
+        made = rotation_matrix.__wrapped__(*arguments)
+    assert torch.equal(made, expected)
 
 
 def test_rotations_of_each_dtype_have_a_launch_of_their_own():

@@ -36,6 +36,13 @@ SHARED_KEYS = TWO_RANKS | {"decode_context_parallel_size": 2}
 HAS_ALL_TO_ALL = hasattr(ParallelConfig, "dcp_comm_backend")
 
 
+@pytest.fixture(autouse=True)
+def new_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process has looked at the GPUs, which a fork of it cannot use."""
+    if ON_GPU:
+        monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
 def check(folder: Path, num_kv_heads: int, **options: Any) -> None:
     """Long prompts in chunks, beside decodes, and again with a cached beginning."""
     config = LlamaConfig(**SHAPE | {"num_key_value_heads": num_kv_heads})

@@ -212,6 +212,12 @@ def check_options(
         reject("prefix_lens", got, "a sliding_window, and no chunks")
     if sight.has_prefix and not causal:
         reject("prefix_lens", "causal that is not True", "None, or causal=True")
+    if sight.ranges_in_window and sight.chunk_lookback >= 0:
+        # The kernels know the size of a chunk, and of the window that it is a part of.
+        chunks, window = sight.chunk_lookback + 1, sight.sliding_window or 0
+        if window % chunks:
+            allowed = f"a multiple of {chunks}, its chunks, with mm_prefix_in_window"
+            reject("sliding_window", window, allowed)
     if not isinstance(max_query_len, int) or max_query_len < 0:
         reject("max_query_len", max_query_len, "a length on the host, 0 or more")
 

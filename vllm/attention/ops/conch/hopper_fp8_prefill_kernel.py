@@ -775,7 +775,8 @@ def hopper_fp8_prefill_kernel(
     SOFTCAP: gl.constexpr,
     ROW_BLOCK: gl.constexpr,
 ):
-    BOX: gl.constexpr = k_desc.block_shape[1]
+    # In slots that are one page's; where pages overlap, each is a page's first.
+    BOX: gl.constexpr = k_desc.block_shape[0] * k_desc.block_shape[1]
     cfg = Config(
         HEAD_SIZE, BLOCK_N, PAGE, BOX, GROUP, PACK, HEAD_TILES, CONSUMERS, STAGES,
         CAUSAL, WINDOWED, WIDE_WINDOW, SOFTCAP, ROW_BLOCK,

@@ -145,6 +145,32 @@ def describe_tensor(tensor: torch.Tensor, box: tuple[int, ...]):
     return describe(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), box)
 
 
+def describe_pages(cache: torch.Tensor, box: tuple[int, ...]):
+    """TMA descriptor of K or V, of which a box lies within a page.
+
+    Pages may overlap, each beginning a slot behind the one before, as those of keys
+    that no cache holds. The last ones are then not counted in the shape, past which TMA
+    reads zeros, though all slots that are used exist. So each slot stands for the page
+    that begins there, and a box is of slots.
+
+    Args:
+        cache: [num_blocks, block_size, num_kv_heads, head_size].
+        box: [1, slots, 1, dims].
+    """
+    num_blocks, block_size, *heads = cache.shape
+    page, slot, *_ = cache.stride()
+    if page != slot:
+        return describe_tensor(cache, box)
+    if box[1] != block_size:
+        raise ValueError(
+            f"pages of {block_size} slots overlap; boxes of {box[1]} slots cannot read "
+            "them. Use pages of 16."
+        )
+    shape = (num_blocks + block_size - 1, 1, *heads)
+    box = (block_size, 1, *box[2:])
+    return describe(cache.data_ptr(), cache.dtype, shape, cache.stride(), box)
+
+
 @lru_cache
 def num_programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -334,7 +360,7 @@ def hopper_prefill(
         varying=(
             work.shape[0],
             describe_tensor(query, hopper.query_box),
-            describe_tensor(key_cache, hopper.page_box),
-            describe_tensor(value_cache, hopper.page_box),
+            describe_pages(key_cache, hopper.page_box),
+            describe_pages(value_cache, hopper.page_box),
         ),
     )

@@ -606,7 +606,8 @@ def hopper_prefill_kernel(
     ROW_BLOCK: gl.constexpr,
     Q_STAGES: gl.constexpr,
 ):
-    BOX: gl.constexpr = k_desc.block_shape[1]
+    # In slots that are one page's; where pages overlap, each is a page's first.
+    BOX: gl.constexpr = k_desc.block_shape[0] * k_desc.block_shape[1]
     IS_BOUNDED: gl.constexpr = BOUNDED and sinks is None  # a sink may be any number
     cfg = Config(
         HEAD_SIZE, BLOCK_N, PAGE, BOX, GROUP, PACK, HEAD_TILES, CONSUMERS, WARPGROUPS,

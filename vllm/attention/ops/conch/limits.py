@@ -25,6 +25,20 @@ def window_start(position, window, CHUNK_LOOKBACK: tl.constexpr):
 
 
 @triton.jit
+def range_start(
+    range_first, position, window, CHUNK_LOOKBACK: tl.constexpr,
+    RANGES_IN_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """First key of its range that a position sees: window as in `window_start`."""
+    start = range_first
+    if RANGES_IN_WINDOW:
+        # The whole window, of which the chunks are parts.
+        keys = window * (CHUNK_LOOKBACK + 1) if CHUNK_LOOKBACK >= 0 else window
+        start = tl.maximum(start, position - keys + 1)
+    return start
+
+
+@triton.jit
 def load_range(ranges, sequence, index, mask):
     """First and last position of a sequence's range; the first is larger if unused."""
     ranges_ptr, num_ranges = ranges
@@ -64,8 +78,12 @@ def row_limits(
         for i in tl.range(ranges[1]):
             range_first, range_last = load_range(ranges, sequence, i, True)
             inside = (position >= range_first) & (position <= range_last)
-            if not RANGES_IN_WINDOW:
-                first = tl.where(inside, tl.minimum(first, range_first), first)
+            # A window that ranges stay in begins before whatever they show of it.
+            if CHUNK_LOOKBACK >= 0 or not RANGES_IN_WINDOW:
+                start = range_start(
+                    range_first, position, window, CHUNK_LOOKBACK, RANGES_IN_WINDOW
+                )
+                first = tl.where(inside, tl.minimum(first, start), first)
             end = tl.where(inside, tl.maximum(end, range_last + 1), end)
     prefix = 0
     if prefix_ptr is not None:
@@ -93,7 +111,7 @@ def first_seen_key(
         position = seq_len - query_len
         first_key = tl.maximum(window_start(position, window, CHUNK_LOOKBACK), 0)
         exists = query_len > 0
-        if ranges[0] is not None and not RANGES_IN_WINDOW:
+        if ranges[0] is not None and (CHUNK_LOOKBACK >= 0 or not RANGES_IN_WINDOW):
             for i in tl.range(ranges[1]):
                 range_first, range_last = load_range(ranges, sequence, i, exists)
                 is_seen = (
@@ -101,7 +119,10 @@ def first_seen_key(
                     & (range_first < seq_len)
                     & (range_last >= position)
                 )
-                earlier = tl.minimum(first_key, range_first)
+                start = range_start(
+                    range_first, position, window, CHUNK_LOOKBACK, RANGES_IN_WINDOW
+                )
+                earlier = tl.minimum(first_key, start)
                 first_key = tl.where(is_seen, earlier, first_key)
         if prefix_ptr is not None:
             prefix = tl.load(prefix_ptr + sequence, mask=exists, other=0)

@@ -45,16 +45,18 @@ def split_norm(head_size: int) -> tuple[float, float]:
 
 
 def signs(size: int) -> torch.Tensor:
-    """[size] the diagonal of S."""
-    generator = torch.Generator().manual_seed(SIGN_SEED)
-    return 2 * torch.bernoulli(torch.full((size,), 0.5), generator=generator) - 1
+    """[size] the diagonal of S, on the CPU whatever the default device is."""
+    generator = torch.Generator("cpu").manual_seed(SIGN_SEED)
+    halves = torch.full((size,), 0.5, device="cpu")
+    return 2 * torch.bernoulli(halves, generator=generator) - 1
 
 
 def hadamard(size: int) -> torch.Tensor:
-    """[size, size] H in Sylvester's order."""
-    matrix = torch.ones(1, 1)
+    """[size, size] H in Sylvester's order, on the CPU."""
+    matrix = torch.ones(1, 1, device="cpu")
+    step = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cpu")
     while len(matrix) < size:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+        matrix = torch.kron(step, matrix)
     return matrix
 
 
@@ -79,7 +81,7 @@ def rotation_matrix(
     """
     block = block_size(head_size)
     one = hadamard(block) * signs(block) / divisor  # H S
-    matrix = torch.zeros(head_padded, head_padded)
+    matrix = torch.zeros(head_padded, head_padded, device="cpu")
     for first in range(0, head_size, block):
         matrix[first : first + block, first : first + block] = one if inverse else one.T
     return matrix.to(device, dtype)

@@ -284,5 +284,7 @@ def plan_launch(
             ROWS=rows,
             num_warps=4 if head_padded <= 256 else 8,
             num_stages=1,
+            # A product and a sum in one rounding would store other bytes at ties.
+            enable_fp_fusion=False,
         ),
     )

@@ -297,7 +297,7 @@ class PreparedAttention:
         )
         if launches.hopper and aligned:
             launch, self.query_box, page_box = launches.hopper
-            self.pages = [hopper_prefill.describe_tensor(c, page_box) for c in caches]
+            self.pages = [hopper_prefill.describe_pages(c, page_box) for c in caches]
             work = (schedule.items, block_table)
             sinks = features[FEATURES.index("sinks")]
             self.hopper = launch.bind(
