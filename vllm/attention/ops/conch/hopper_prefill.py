@@ -199,7 +199,7 @@ class HopperLaunch(NamedTuple):
     launch: Launch
     query_box: tuple[int, ...]
     page_box: tuple[int, ...]
-    queries: dict[tuple[int, int], Described]  # by address and number of rows
+    queries: dict[tuple[int, int], Described]  # by address and elements
 
 
 def plan_launch(

@@ -327,8 +327,7 @@ class PreparedAttention:
         if self.hopper is not None:
             address = query.data_ptr()
             if address % 16 == 0:
-                rows = query.shape[0]
-                queries = self.queries.get((address, rows))
+                queries = self.queries.get((address, query.numel()))
                 if queries is None:
                     queries = self.describe_queries(query)
                 varying = (num_items,)
@@ -341,13 +340,13 @@ class PreparedAttention:
     def describe_queries(self, query: torch.Tensor) -> Described:
         """The query's descriptor, kept for other layers and steps.
 
-        It is right for all of this dtype and these strides with as many rows at the
-        same address, as it holds nothing else of the tensor.
+        It is right for all of this dtype and these strides with as many elements at
+        the same address, as it holds nothing else of the tensor.
         """
         if len(self.queries) >= MAX_QUERIES:
             self.queries.clear()
         queries = Described(hopper_prefill.describe_tensor(query, self.query_box))
-        self.queries[query.data_ptr(), query.shape[0]] = queries
+        self.queries[query.data_ptr(), query.numel()] = queries
         return queries
 
 
