@@ -152,6 +152,7 @@ def record(case: Case, device) -> list[tuple]:
 
     def call(self, *tensors, varying=(), grid=None):
         described = self.launch
+        varying += self.described.descriptors
         args = (*varying, *tensors, *self.tensors, *described.arguments)
         launches.append((described.kernel, args, described.constants))
 

@@ -5,6 +5,7 @@
 A kernel, its variants and a driver stand in for Triton's, so no GPU is needed.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,14 @@ import pytest
 import torch
 
 from vllm.attention.ops.conch import launch
-from vllm.attention.ops.conch.launch import Launch, compile_together
+from vllm.attention.ops.conch.launch import (
+    Described,
+    Launch,
+    compile_together,
+)
+from vllm.attention.ops.conch.launch import (
+    Variant as LaunchVariant,
+)
 from vllm.triton_utils import triton
 
 ARGUMENTS, CONSTANTS = (7, (1, 2)), {"TILE": 64, "num_warps": 4}
@@ -63,7 +71,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     driver = SimpleNamespace(device=0)
     driver.get_current_device = lambda: driver.device
     driver.get_current_stream = lambda device: 100 + device
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(launch, "current_device", driver.get_current_device)
+    monkeypatch.setattr(launch, "current_stream", driver.get_current_stream)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     return driver
 
@@ -168,3 +177,72 @@ def test_where_nothing_compiles_side_by_side_launches_are_as_ever(
         described(aligned(), None, varying=(3,))
     assert len(kernel.launched) == 1 and not kernel.compiled
     assert not launch.compiles_only
+
+
+def encode_by(launcher: Callable, tensordesc_meta: list) -> Callable:
+    """As Triton 3.6's `wrap_handle_tensordesc`: encodes, then calls that in C."""
+
+    def inner(*arguments: Any) -> None:
+        raise AssertionError(launcher, tensordesc_meta)
+
+    return inner
+
+
+class CudaLauncher:
+    """As Triton 3.6's."""
+
+    launch_cooperative_grid, launch_pdl = False, True
+
+    def __init__(self, launch: Callable, scratch: int = 0) -> None:
+        self.launch = launch
+        self.global_scratch_size, self.profile_scratch_size = scratch, 0
+
+
+def test_descriptors_are_encoded_once(
+    driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described, _ = make_launch()
+    runs, encoded = [], []
+
+    def make(descriptor: str, layout: str) -> list:
+        encoded.append((descriptor, layout))
+        return [f"{descriptor} {layout}", 5]
+
+    module = pytest.importorskip("triton.backends.nvidia.driver")
+    monkeypatch.setattr(module, "make_tensordesc_arg", make)
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    variant = Variant()
+    launched = encode_by(lambda *arguments: runs.append(arguments), ["q", "k", "v"])
+    monkeypatch.setattr(variant, "run", CudaLauncher(launched))
+    described.variants[0, None] = LaunchVariant(variant)
+    x, queries, none = aligned(), Described("Q"), Described(None, None)
+    bound = described.bind(described=Described("K", "V"))
+    for count in range(3):
+        bound(x, varying=(count,), described=queries)
+    head = ("function", False, True, None, None, "metadata", None, None, None)
+    boxes = ("Q q", 5, "K k", 5, "V v", 5)
+    rest = (x.data_ptr(), *ARGUMENTS, 64)
+    assert runs == [(5, 1, 1, 100, *head, n, *boxes, *rest) for n in range(3)]
+    assert encoded == [("Q", "q"), ("K", "k"), ("V", "v")]
+    bound(x, varying=(3,), described=Described("R"))
+    assert encoded[3:] == [("R", "q")]
+    described.bind(described=none)(x, varying=(4,))
+    assert runs[-1] == (5, 1, 1, 100, *head, 4, None, None, *rest)
+
+
+@pytest.mark.parametrize("reason", ["version", "scratch", "closure"])
+def test_other_launchers_encode_for_themselves(
+    reason: str, driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = "3.7.0" if reason == "version" else "3.6.0"
+    monkeypatch.setattr(triton, "__version__", version)
+    closure = encode_by(print, [])
+    if reason == "closure":
+        closure = lambda *arguments: reason
+    launcher = CudaLauncher(closure, scratch=reason == "scratch")
+    compiled = Variant()
+    monkeypatch.setattr(compiled, "run", launcher)
+    variant = LaunchVariant(compiled)
+    assert variant.run is launcher
+    assert variant.head == ("function", "metadata", None, None, None)
+    assert variant.encode(Described("K", None), 1) == ("K", None)

@@ -30,6 +30,7 @@ from tests.v1.attention.conch_backend_harness import (
 )
 from vllm.attention.ops.conch import hopper_prefill
 from vllm.attention.ops.conch.plan import Device
+from vllm.config import CUDAGraphMode
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     kFp8DynamicTokenSym,
     kFp8StaticTensorSym,
@@ -184,6 +185,26 @@ def test_one_update_per_schedule_and_step(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(schedule, "update", counted)
     engine.step(BATCHES["mixed"])
     assert sorted(key.sliding_window or 0 for key in updates) == [0, 16]
+
+
+@pytest.mark.parametrize(
+    "batch, mode, has_decodes",
+    [
+        ("decode", "NONE", True),
+        ("mixed", "NONE", True),
+        ("chunked", "NONE", False),
+        ("chunked", "FULL_DECODE_ONLY", False),
+        ("chunked", "FULL", True),  # its graph may replay decodes
+    ],
+)
+def test_decodes_are_launched_where_there_may_be_some(
+    batch: str, mode: str, has_decodes: bool
+) -> None:
+    engine = Engine(cudagraph_mode=CUDAGraphMode[mode])
+    engine.step(BATCHES[batch])
+    for schedule in engine.builder.schedules.values():
+        assert schedule.has_decodes == has_decodes
+    engine.step(BATCHES["mixed"])  # what the step before left out
 
 
 def test_softcap() -> None:

@@ -135,4 +135,5 @@ def plan_launch(
     )
     panel = min(padded, PANEL)
     page_box = (1, min(block_size & -block_size, config.block_n), 1, panel)
-    return HopperLaunch(launch, (CONSUMER_ROWS // pack, pack, panel), page_box)
+    query_box = (CONSUMER_ROWS // pack, pack, panel)
+    return HopperLaunch(launch, query_box, page_box, queries={})

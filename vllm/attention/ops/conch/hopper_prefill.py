@@ -22,7 +22,7 @@ import torch
 from vllm.triton_utils import triton
 
 from .checks import TensorSpec, signature
-from .launch import Launch
+from .launch import Described, Launch
 
 CAPABILITY = (9, 0)
 TRITON_VERSIONS = ("3.6.",)  # Gluon has no stable interface: what was tested
@@ -219,12 +219,13 @@ def check_sinks(sinks: torch.Tensor, query: torch.Tensor) -> None:
 class HopperLaunch(NamedTuple):
     """A launch, and the boxes in which it reads queries and pages through TMA.
 
-    What varies: the number of work items, and descriptors of query, keys and values.
+    What varies: the number of work items. Descriptors: of query, keys and values.
     """
 
     launch: Launch
     query_box: tuple[int, ...]
     page_box: tuple[int, ...]
+    queries: dict[tuple[int, int], Described]  # by address and elements
 
 
 def plan_launch(
@@ -286,7 +287,8 @@ def plan_launch(
         ),
     )
     page_box = (1, min(block_size & -block_size, config.block_n), 1, PANEL)
-    return HopperLaunch(launch, (CONSUMER_ROWS // pack, pack, PANEL), page_box)
+    query_box = (CONSUMER_ROWS // pack, pack, PANEL)
+    return HopperLaunch(launch, query_box, page_box, queries={})
 
 
 def hopper_prefill(
@@ -357,8 +359,8 @@ def hopper_prefill(
         sinks,
         work,
         block_table,
-        varying=(
-            work.shape[0],
+        varying=(work.shape[0],),
+        described=Described(
             describe_tensor(query, hopper.query_box),
             describe_pages(key_cache, hopper.page_box),
             describe_pages(value_cache, hopper.page_box),

@@ -7,7 +7,7 @@ longer than the launch itself.  A function that has already reduced its argument
 cached plan knows the variant: only the addresses are new.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -20,6 +20,17 @@ from vllm.triton_utils import triton
 
 # Triton compiles another variant where an address is not a multiple of this.
 POINTER_ALIGNMENT = 16
+# Of these the launcher in C is known, which takes encoded descriptors; before others,
+# and these where they need scratch memory, stands Triton's own in Python.
+DIRECT_VERSIONS = ("3.6.",)
+
+# What the functions of torch.cuda call, which take four times as long.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", None) or (
+    lambda: triton.runtime.driver.active.get_current_device()
+)
+current_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", None
+) or (lambda device: triton.runtime.driver.active.get_current_stream(device))
 
 
 @lru_cache(maxsize=4096)
@@ -57,6 +68,85 @@ def describe_pages(cache: torch.Tensor, slots: int, head_padded: int):
     if not cache.is_cuda:
         return tensor_descriptor(cache, *layout)  # the interpreter looks for its memory
     return describe(cache.data_ptr(), cache.dtype, *layout)
+
+
+class Described:
+    """Descriptors of a launch, or None in the place of any; encoded once.
+
+    Triton would encode them at every launch, which takes 2 us for each.
+    """
+
+    def __init__(self, *descriptors: Any) -> None:
+        self.descriptors = descriptors
+        self.encoded: dict[Variant, tuple] = {}
+
+
+NOTHING = Described()
+
+
+class Variant:
+    """A compiled variant, and how it is launched without detours.
+
+    `run` takes the grid, the stream, what is in `head`, and the kernel's arguments.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+        self.run = run = compiled.run
+        profilers = (None, None, None)  # what they hook in
+        self.head: tuple = (compiled.function, compiled.packed_metadata, *profilers)
+        self.layouts: list | None = None  # of descriptors; None: Triton encodes them
+        if (
+            not triton.__version__.startswith(DIRECT_VERSIONS)
+            or type(run).__name__ != "CudaLauncher"
+            or run.global_scratch_size
+            or run.profile_scratch_size
+        ):
+            return
+        launch, layouts = run.launch, []
+        if hasattr(launch, "__closure__"):  # encodes, then calls that in C
+            names, cells = launch.__code__.co_freevars, launch.__closure__
+            closure = dict(zip(names, (cell.cell_contents for cell in cells)))
+            if not closure.keys() >= {"launcher", "tensordesc_meta"}:
+                return
+            launch, layouts = closure["launcher"], closure["tensordesc_meta"]
+        self.run, self.layouts = launch, layouts
+        self.head = (
+            compiled.function,
+            run.launch_cooperative_grid,
+            run.launch_pdl,
+            *(None, None),  # scratch memory
+            compiled.packed_metadata,
+            *profilers,
+        )
+
+    def encode(self, described: Described, first: int) -> tuple:
+        """The arguments that descriptors become.
+
+        Args:
+            described: the descriptors.
+            first: number of descriptors before them.
+        """
+        known = described.encoded.get(self)
+        if known is not None:
+            return known
+        arguments: tuple
+        if self.layouts is None:
+            arguments = described.descriptors
+        else:
+            from triton.backends.nvidia.driver import make_tensordesc_arg
+
+            expanded: list = []
+            for descriptor in described.descriptors:
+                if descriptor is None:
+                    expanded.append(None)
+                else:
+                    layout = self.layouts[first]
+                    expanded += make_tensordesc_arg(descriptor, layout)
+                    first += 1
+            arguments = tuple(expanded)
+        described.encoded[self] = arguments
+        return arguments
 
 
 # Whether launches only have their variants compiled; see `compile_together`.
@@ -114,7 +204,7 @@ class Launch:
 
         Args:
             kernel: Function under `triton.jit` whose parameters are, in this order,
-                what varies, then tensors, then `arguments`, then constants.
+                what varies, descriptors, tensors, then `arguments`, then constants.
             grid: Number of programs along up to three axes.
             arguments: Integers, floats and tuples of them.
             constants: Every constexpr parameter, and options such as num_warps.
@@ -123,7 +213,7 @@ class Launch:
         self.grid = grid + (1,) * (3 - len(grid))
         self.arguments = arguments
         self.constants = constants
-        self.variants: dict[tuple, Any] = {}
+        self.variants: dict[tuple, Variant] = {}
         self.submitted: set[tuple] = set()  # variants that `compile_together` compiles
         is_compiled = isinstance(kernel, triton.JITFunction)
         self.is_cacheable = is_compiled and torch.version.cuda is not None
@@ -134,32 +224,39 @@ class Launch:
     def __call__(
         self,
         *tensors: torch.Tensor | None,
-        varying: tuple = (),
+        varying: tuple[int, ...] = (),
+        described: Described = NOTHING,
         grid: tuple[int, int] | None = None,
     ) -> None:
         """Launches.
 
         Args:
             *tensors: of the kernel.
-            varying: descriptors, each with the same dtype and box in all calls of one
-                object, or None; and integers for which no variant is made.
+            varying: integers for which no variant is made.
+            described: descriptors, each with the same dtype and box in all calls of one
+                object.
             grid: replaces that of the constructor.
         """
-        self.bind()(*tensors, varying=varying, grid=grid)
+        self.bind()(*tensors, varying=varying, described=described, grid=grid)
 
-    def bind(self, *tensors: torch.Tensor | None) -> "BoundLaunch":
-        """The launch with its last tensors given; calls give those before them."""
-        return BoundLaunch(self, tensors)
+    def bind(
+        self, *tensors: torch.Tensor | None, described: Described = NOTHING
+    ) -> "BoundLaunch":
+        """The launch with its last descriptors and tensors given.
+
+        Calls give those before them.
+        """
+        return BoundLaunch(self, tensors, described)
 
     def launch(self, grid: tuple, arguments: tuple):
         """Launches through Triton's own lookup; returns the compiled variant.
 
-        arguments: what varies, and the tensors.
+        arguments: what varies, the descriptors and the tensors.
         """
         return self.kernel[grid](*arguments, *self.arguments, **self.constants)
 
     def compile(self, variant: tuple, arguments: tuple) -> None:
-        """Has a variant compiled; arguments: what varies, and the tensors."""
+        """Has a variant compiled; arguments: as for `launch`."""
         if variant not in self.submitted and variant not in self.variants:
             self.submitted.add(variant)
             every = (*arguments, *self.arguments)
@@ -167,61 +264,115 @@ class Launch:
 
 
 class BoundLaunch:
-    """A launch whose last tensors are the same in all calls."""
+    """A launch whose last descriptors and tensors are the same in all calls."""
 
-    def __init__(self, launch: Launch, tensors: tuple[torch.Tensor | None, ...]):
+    def __init__(
+        self,
+        launch: Launch,
+        tensors: tuple[torch.Tensor | None, ...],
+        described: Described,
+    ) -> None:
         self.launch = launch
         self.tensors = tensors
+        self.described = described
         self.addresses = [None if t is None else t.data_ptr() for t in tensors]
         self.bits = 0  # that any of the addresses has
         for address in self.addresses:
             self.bits |= address or 0
         self.tail = (*self.addresses, *launch.after_tensors)
+        # What launches where all addresses are aligned, by device.
+        self.ready: dict[int, tuple[Variant, Callable, tuple, tuple]] = {}
 
     def __call__(
         self,
         *tensors: torch.Tensor | None,
         varying: tuple = (),
+        described: Described = NOTHING,
         grid: tuple[int, int] | None = None,
     ) -> None:
         """Launches; arguments as those of `Launch.__call__`, without what is bound."""
+        bits = self.bits
+        addresses: list[int | None] = []
+        for tensor in tensors:
+            if tensor is None:
+                addresses.append(None)
+            else:
+                address = tensor.data_ptr()
+                bits |= address
+                addresses.append(address)
+        if self.ready and not (bits % POINTER_ALIGNMENT or compiles_only):
+            device = current_device()
+            ready = self.ready.get(device)
+            if ready is not None and not is_profiled():
+                variant, run, head, pages = ready
+                if described is not NOTHING:
+                    queries = described.encoded.get(variant)
+                    varying += queries or variant.encode(described, 0)
+                run(
+                    *(self.launch.grid if grid is None else (*grid, 1)),
+                    current_stream(device),
+                    *head,
+                    *varying,
+                    *pages,
+                    *addresses,
+                    *self.tail,
+                )
+                return
+        self.look_up(tensors, addresses, varying, described, grid)
+
+    def alignment(self, addresses: list[int | None]) -> tuple[bool, ...] | None:
+        """Whether each address of a call, and each that is bound, is aligned.
+
+        None: all are.
+        """
+        every = [(a or 0) % POINTER_ALIGNMENT == 0 for a in addresses + self.addresses]
+        return None if all(every) else tuple(every)
+
+    def look_up(
+        self,
+        tensors: tuple[torch.Tensor | None, ...],
+        addresses: list[int | None],
+        varying: tuple[int, ...],
+        described: Described,
+        grid: tuple[int, int] | None,
+    ) -> None:
+        """Launches what is new to this object, not aligned, or seen by profilers.
+
+        Args:
+            tensors: as for a call, like those after the next.
+            addresses: of the tensors.
+            varying: likewise.
+            described: likewise.
+            grid: likewise.
+        """
         launch = self.launch
         programs = launch.grid if grid is None else (*grid, 1)
+        descriptors = described.descriptors + self.described.descriptors
+        every_argument = (*varying, *descriptors, *tensors, *self.tensors)
         if not launch.is_cacheable:
-            launch.launch(programs, varying + tensors + self.tensors)
+            launch.launch(programs, every_argument)
             return
-        driver = triton.runtime.driver.active
-        device = driver.get_current_device()
-        addresses = [None if t is None else t.data_ptr() for t in tensors]
-        bits = self.bits
-        for address in addresses:
-            if address is not None:
-                bits |= address
-        alignment = None  # all aligned
-        if bits % POINTER_ALIGNMENT:
-            every = addresses + self.addresses
-            alignment = tuple((a or 0) % POINTER_ALIGNMENT == 0 for a in every)
-        variant = (device, alignment)
-        compiled = launch.variants.get(variant)
+        device = current_device()
+        key = (device, self.alignment(addresses))
+        variant = launch.variants.get(key)
         if compiles_only:
-            launch.compile(variant, varying + tensors + self.tensors)
-        elif compiled is None:
-            every_argument = varying + tensors + self.tensors
-            launch.variants[variant] = launch.launch(programs, every_argument)
-        elif is_profiled():
-            stream = driver.get_current_stream(device)
-            compiled[programs](*varying, *addresses, *self.tail, stream=stream)
-        else:
-            compiled.run(
-                *programs,
-                driver.get_current_stream(device),
-                compiled.function,
-                compiled.packed_metadata,
-                *(None, None, None),  # what profilers hook in
-                *varying,
-                *addresses,
-                *self.tail,
-            )
+            launch.compile(key, every_argument)
+            return
+        if variant is None:
+            variant = Variant(launch.launch(programs, every_argument))
+            launch.variants[key] = variant
+            return
+        stream = current_stream(device)
+        if is_profiled():
+            arguments = (*varying, *descriptors, *addresses, *self.tail)
+            variant.compiled[programs](*arguments, stream=stream)
+            return
+        queries = variant.encode(described, 0)
+        pages = variant.encode(self.described, len(described.descriptors))
+        arguments = (*varying, *queries, *pages, *addresses, *self.tail)
+        variant.run(*programs, stream, *variant.head, *arguments)
+        if key[1] is None:
+            self.ready[device] = variant, variant.run, variant.head, pages
 
 
 def is_profiled() -> bool:

@@ -11,7 +11,7 @@ memory, not two.
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,7 +30,7 @@ from .checks import (
     specs_of,
 )
 from .fp8 import FP8_DTYPES, divide_to_fp8, storage_view, triton_fp8
-from .launch import Launch
+from .launch import BoundLaunch, Launch
 from .plan import KV_INT4_DTYPE, KV_INTEGER_DTYPES, this_device
 from .rotation import rotation_matrix
 from .token_head_cache import (
@@ -352,19 +352,29 @@ class PreparedWrite:
 
     def __init__(self, launches: Launches, *tensors: torch.Tensor | None) -> None:
         """Binds the launches to key_cache, value_cache, k_scale and v_scale."""
-        small, large, self.large_from = launches
-        self.small, self.large = small.bind(*tensors), large.bind(*tensors)
+        *tiles, self.large_from = launches
+        # Each with the tokens of a program, and the programs for so many tokens.
+        bound: list[tuple[BoundLaunch, Any, int]] = [
+            (launch.bind(*tensors), launch.constants["TOKENS"], launch.grid[1])
+            for launch in tiles
+        ]
+        self.small, self.large = bound
 
     def __call__(
-        self, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        num_tokens: int | None = None,
     ) -> None:
-        """Writes; arguments as for `reshape_and_cache`."""
-        num_tokens = slot_mapping.shape[0]
+        """Writes; arguments as for `reshape_and_cache`, and their number if known."""
+        if num_tokens is None:
+            num_tokens = slot_mapping.shape[0]
         if num_tokens == 0:
             return
-        write = self.small if num_tokens < self.large_from else self.large
-        launch = write.launch
-        grid = (-(-num_tokens // launch.constants["TOKENS"]), launch.grid[1])
+        is_small = num_tokens < self.large_from
+        write, tokens, programs = self.small if is_small else self.large
+        grid = (-(-num_tokens // tokens), programs)
         write(key, value, slot_mapping, varying=(num_tokens,), grid=grid)
 
 

@@ -462,6 +462,8 @@ class VarlenSchedule:
         self.max_query_len = 0
         self.num_seqs = 0
         self.work = self.items[:0]  # prefill items in use
+        self.num_items = 0  # and their number
+        self.has_decodes = True  # False: the host knows that there are none
         self.plan = plan
         # Equal after updates that chose the same kernels.
         self.choice = 0
@@ -533,6 +535,7 @@ class VarlenSchedule:
         *,
         max_query_len: int,
         num_tokens: int,
+        min_query_len: int = 0,
         mm_prefix_range: torch.Tensor | None = None,
         mm_prefix_in_window: bool = False,
         prefix_lens: torch.Tensor | None = None,
@@ -544,6 +547,9 @@ class VarlenSchedule:
             seq_lens: [num_seqs] int32.
             max_query_len: no query of this batch is longer (host).
             num_tokens: bound of the number of query tokens (host).
+            min_query_len: no query of this batch is shorter (host); decides whether
+                decodes are launched beside prefills. 0: not known, or a CUDA graph
+                will replay the launches for other batches.
             mm_prefix_range: as for this batch's calls of `varlen_attention`.
             mm_prefix_in_window: likewise.
             prefix_lens: likewise.
@@ -609,6 +615,8 @@ class VarlenSchedule:
         self.max_query_len = max_query_len
         self.num_seqs = num_seqs
         self.work = self.items[:num_items]
+        self.num_items = num_items
+        self.has_decodes = num_items == 0 or min_query_len <= self.longest_decode
 
     def plan_launch(self, plan: AttentionPlan, sight: Sight) -> Launch:
         """Plans the launch that fills the work lists for kernels of this plan."""

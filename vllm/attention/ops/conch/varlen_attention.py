@@ -22,7 +22,7 @@ from .checks import TensorSpec, free_strides
 from .decode import decode_kernel
 from .fp8 import FP8_DTYPES, storage_view, triton_fp8
 from .hopper_prefill import HopperLaunch
-from .launch import Launch, describe_pages
+from .launch import Described, Launch, describe_pages
 from .plan import AttentionPlan, Config, Shape
 from .prefill import prefill_kernel
 from .rotation import block_size, rotate, split_norm
@@ -36,6 +36,8 @@ PORTABLE = {
     "16-bit": {"q_scale", "k_scale", "v_scale", *FEATURES} - {"sinks"},
     "fp8": set(FEATURES) - {"sinks"},
 }
+# Descriptors of queries that layers of one shape keep.
+MAX_QUERIES = 256
 # Formats of the cache that kernels read as bytes.
 BYTES = ("e4m3fn", "e4m3fnuz")
 
@@ -289,27 +291,25 @@ class PreparedAttention:
             schedule.arrivals,
             *options,
         )
-        self.hopper, self.boxes = None, (None, None)
-        prefill, config, aligned = (
-            launches.prefill,
-            plan.prefill_boxes,
-            is_aligned(*caches),
-        )
+        self.hopper = None
+        prefill, boxes = launches.prefill, Described(None, None)
+        config, aligned = plan.prefill_boxes, is_aligned(*caches)
         if launches.hopper and aligned:
-            launch, self.query_box, page_box = launches.hopper
-            self.pages = [hopper_prefill.describe_pages(c, page_box) for c in caches]
+            launch, self.query_box, page_box, self.queries = launches.hopper
+            pages = (hopper_prefill.describe_pages(c, page_box) for c in caches)
             work = (schedule.items, block_table)
             sinks = features[FEATURES.index("sinks")]
             self.hopper = launch.bind(
-                sinks, *work, *(scales if plan.hopper == "fp8" else ())
+                sinks,
+                *work,
+                *(scales if plan.hopper == "fp8" else ()),
+                described=Described(*pages),
             )
         if config and launches.boxes and aligned:
             prefill, box = launches.boxes, (config.tile, shape.head_padded)
-            self.boxes = (
-                describe_pages(key_cache, *box),
-                describe_pages(value_cache, *box),
-            )
-        self.prefill = prefill.bind(*caches, block_table, schedule.items, *options)
+            boxes = Described(*(describe_pages(c, *box) for c in caches))
+        work = (block_table, schedule.items)
+        self.prefill = prefill.bind(*caches, *work, *options, described=boxes)
 
     def __call__(
         self,
@@ -318,17 +318,36 @@ class PreparedAttention:
         output_lse: torch.Tensor | None = None,
     ) -> None:
         """Attends; arguments as for `varlen_attention`, an output in fp8 as bytes."""
-        self.decode(output, output_lse, query)
-        num_items = self.schedule.work.shape[0]
+        schedule = self.schedule
+        if schedule.has_decodes:
+            self.decode(output, output_lse, query)
+        num_items = schedule.num_items
         if num_items == 0:
             return
-        if self.hopper is not None and is_aligned(query):
-            queries = hopper_prefill.describe_tensor(query, self.query_box)
-            self.hopper(output, output_lse, varying=(num_items, queries, *self.pages))
-        else:
-            head_tiles, item_tiles = self.prefill_grid
-            grid = (head_tiles, num_items * item_tiles)
-            self.prefill(output, output_lse, query, varying=self.boxes, grid=grid)
+        if self.hopper is not None:
+            address = query.data_ptr()
+            if address % 16 == 0:
+                queries = self.queries.get((address, query.numel()))
+                if queries is None:
+                    queries = self.describe_queries(query)
+                varying = (num_items,)
+                self.hopper(output, output_lse, varying=varying, described=queries)
+                return
+        head_tiles, item_tiles = self.prefill_grid
+        grid = (head_tiles, num_items * item_tiles)
+        self.prefill(output, output_lse, query, grid=grid)
+
+    def describe_queries(self, query: torch.Tensor) -> Described:
+        """The query's descriptor, kept for other layers and steps.
+
+        It is right for all of this dtype and these strides with as many elements at
+        the same address, as it holds nothing else of the tensor.
+        """
+        if len(self.queries) >= MAX_QUERIES:
+            self.queries.clear()
+        queries = Described(hopper_prefill.describe_tensor(query, self.query_box))
+        self.queries[query.data_ptr(), query.numel()] = queries
+        return queries
 
 
 def varlen_attention(

@@ -9,7 +9,7 @@ conch_base.py holds what depends on the form of vLLM's interface.
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product, starmap
 from typing import Any, ClassVar, NamedTuple
 
@@ -305,6 +305,37 @@ class ConchAttentionMetadata(ConchMetadataBase):
     prefix_lens: torch.Tensor | None  # [num_reqs] of R-SWA: tokens that all see
     schedules: dict[ScheduleKey, VarlenSchedule]
     share: conch_dcp.Share | None = None  # where ranks share the keys
+    min_query_len: int = 0  # no query is shorter; 0: the host does not say
+    # What all layers with one schedule have in common, see `step_kind`.
+    kinds: dict[ScheduleKey, tuple] = field(default_factory=dict)
+
+    def step_kind(self, key: ScheduleKey) -> tuple:
+        """All of the step that a prepared attention depends on, but for the layer.
+
+        It is the same for all layers, and made anew where that is another: for
+        schedules also serve other metadata, of microbatches or drafts.
+        """
+        schedule, block_table, causal = (
+            self.schedules[key],
+            self.block_table,
+            self.causal,
+        )
+        known = self.kinds.get(key)
+        if known is not None:
+            kind, table = known
+            if (
+                table is block_table
+                and kind[0] is schedule
+                and kind[1] == schedule.choice
+                and kind[2] is causal
+            ):
+                return kind
+        kind = (
+            *(schedule, schedule.choice, causal),
+            *(block_table.data_ptr(), block_table.stride()),
+        )
+        self.kinds[key] = kind, block_table
+        return kind
 
     def update_schedules(self) -> None:
         """Recomputes the schedules from the lengths that are now on the device."""
@@ -325,6 +356,7 @@ class ConchAttentionMetadata(ConchMetadataBase):
                 seq_lens,
                 max_query_len=self.max_query_len,
                 num_tokens=self.num_actual_tokens,
+                min_query_len=self.min_query_len,
                 mm_prefix_range=self.mm_prefix_range,
                 mm_prefix_in_window=key.mm_prefix_in_window,
                 prefix_lens=self.prefix_lens if key.sees_prompt else None,
@@ -420,6 +452,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             prefix_lens=self.update_prefix_lens(common),
             schedules=self.schedules,
             share=share,
+            min_query_len=self.min_query_len(common),
         )
         metadata.update_schedules()
         return metadata
@@ -461,6 +494,17 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         if self.graphs_hold_any_batch():
             return common.num_actual_tokens
         return max(common.max_query_len, self.decode_query_len)
+
+    def min_query_len(self, common: CommonAttentionMetadata) -> int:
+        """A length that no query of the batch falls below; 0 if it is not known.
+
+        The kernel for decodes is left out where there are none. Not where a CUDA graph
+        could keep that for others, nor where ranks share the keys.
+        """
+        is_decode = common.max_query_len <= self.decode_query_len
+        if is_decode or self.shares is not None or self.graphs_hold_any_batch():
+            return 0
+        return int(common.query_start_loc_cpu.diff().min())
 
     def graphs_hold_any_batch(self) -> bool:
         """Whether CUDA graphs of mixed batches have the attention in them."""
@@ -725,15 +769,18 @@ class ConchAttentionImpl(ConchImplBase):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        if self.is_encoder or kv_cache.numel() == 0:  # none: profiling
-            return
-        caches = self.key_value_caches(kv_cache)
+        if kv_cache is not self.kv_cache():
+            if self.is_encoder or kv_cache.numel() == 0:  # none: profiling
+                return
+            self.key_value_caches(kv_cache)
         # One token's stride counts for nothing.
-        layout = (key.dtype, key.stride(), value.stride(), key.shape[0] == 1)
+        num_tokens = slot_mapping.numel()  # half the time of shape[0]
+        layout = (key.dtype, key.stride(), value.stride(), num_tokens == 1)
         prepared = self.writes.get(layout)
         if prepared is not None:
-            prepared(key, value, slot_mapping)
+            prepared(key, value, slot_mapping, num_tokens)
             return
+        caches = self.key_value_caches(kv_cache)
         prepared = reshape_and_cache(
             key,
             value,
@@ -759,13 +806,6 @@ class ConchAttentionImpl(ConchImplBase):
         if metadata.share is not None:
             conch_dcp.attend(self, layer, query, key, value, kv_cache, metadata, output)
             return
-        caches = None
-        schedule = metadata.schedules[self.schedule_key]
-        if self.is_encoder:
-            key_cache, value_cache = pages_of_batch(key), pages_of_batch(value)
-        else:
-            caches = self.key_value_caches(kv_cache)
-            key_cache, value_cache = caches.key, caches.value
         # Neither K and V nor a flag or a scale are tensors of this batch alone.
         is_repeatable = (
             not self.is_encoder
@@ -773,11 +813,15 @@ class ConchAttentionImpl(ConchImplBase):
             and output_scale is None
             and isinstance(metadata.causal, bool)
         )
+        caches = None
+        if self.is_encoder:
+            key_cache, value_cache = pages_of_batch(key), pages_of_batch(value)
+        else:
+            caches = self.key_value_caches(kv_cache)
+            key_cache, value_cache = caches.key, caches.value
         if is_repeatable:
-            block_table = metadata.block_table
             kind = (
-                *(schedule, schedule.choice, metadata.causal),
-                *(block_table.data_ptr(), block_table.stride()),
+                metadata.step_kind(self.schedule_key),
                 *(query.dtype, query.stride(), output.dtype, output.stride()),
             )
             prepared = self.attentions.get(kind)
@@ -799,7 +843,7 @@ class ConchAttentionImpl(ConchImplBase):
             sliding_window=self.sliding_window,
             q_scale=layer._q_scale if query.dtype == self.fp8_dtype else None,
             **self.scales_of(layer, caches),
-            schedule=schedule,
+            schedule=metadata.schedules[self.schedule_key],
             sinks=self.sinks,
             alibi_slopes=self.alibi_slopes,
             alibi_sqrt=self.alibi_sqrt,
