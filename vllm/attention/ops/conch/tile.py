@@ -441,7 +441,7 @@ def attend_tiles(
         # An empty sequence has no key in whose place others could be read.
         tiles = (tiles[0], tl.where(keys_range[1] > 0, tiles[1], tiles[0]))
         position = tl.minimum(position, keys_range[1] - 1)  # of rows that do not exist
-    if SAME_STRIDES:
+    if LEAN and SAME_STRIDES:
         value_strides = key_strides
     MASK_KEYS: tl.constexpr = MASKED and not LEAN
     MASK_DIMS: tl.constexpr = HEAD_SIZE != HEAD_PADDED
