@@ -219,6 +219,8 @@ def decode_kernel(
     RANGES_IN_WINDOW: tl.constexpr,
     FP8: tl.constexpr,  # format of an output that is divided by output_scale, or None
     FP8_MAX: tl.constexpr,
+    LEAN: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,  # of K and V
 ):
     partials = (partial_acc_ptr, partial_max_ptr, partial_sum_ptr)
     ranges = (ranges_ptr, num_ranges)
@@ -297,7 +299,7 @@ def decode_kernel(
             (begin, begin + num_tiles), (first_key, seq_len), scales, sight, None,
             token_scales, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True,
             TILE, BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
-            KV_FORMAT, WIDENING,
+            KV_FORMAT, WIDENING, False, LEAN, SAME_STRIDES,
         )  # fmt: skip
 
         acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES, KV_FORMAT)

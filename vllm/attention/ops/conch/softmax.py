@@ -41,7 +41,14 @@ def softmax_step(scores, scale, row_max, row_sum, MASKED: tl.constexpr):
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
     weights = tl.exp2(scores * scale - shift[:, None])
     decay = tl.exp2(row_max - shift)
-    return weights, decay, new_max, row_sum * decay + tl.sum(weights, 1)
+    if len(row_sum.shape) == 2:
+        M: tl.constexpr = row_sum.shape[0]
+        PARTS: tl.constexpr = row_sum.shape[1]
+        parts = tl.reshape(weights, [M, weights.shape[1] // PARTS, PARTS])
+        row_sum = row_sum * decay[:, None] + tl.sum(parts, 1)
+    else:
+        row_sum = row_sum * decay + tl.sum(weights, 1)
+    return weights, decay, new_max, row_sum
 
 
 @triton.jit

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from vllm.triton_utils import triton
+
 from . import hopper_fp8_prefill, hopper_prefill
 from .arguments import (
     FEATURES,
@@ -50,7 +52,7 @@ class Options(NamedTuple):
     softcap: float
     sight: Sight
     alibi_sqrt: bool
-    odd_values: bool  # value_cache begins at an odd address
+    odd_values: bool  # a cache begins at an odd address
     value_offset: int | None  # see `offset_in_page`
     shape: Shape
     plan: AttentionPlan
@@ -98,6 +100,29 @@ def reads_pairs(query: TensorSpec, value_cache: TensorSpec, odd: bool) -> bool:
         and query.dtype != torch.float32
         and value_cache.shape[-1] % 2 == 0
         and all(stride % 2 == 0 for stride in value_cache.strides[:-1])
+    )
+
+
+def suits_lean_decode(options: Options, *caches: TensorSpec) -> bool:
+    """Whether decode, with V in pairs, can read K so too, and both without masks.
+
+    Fewer keys than threads would share the look-up of pages in a way that costs more.
+    """
+    plan, shape = options.plan, options.shape
+    threads = 32 * plan.decode.num_warps
+    is_measured = plan.unpacking == "ptx" and plan.decode.tile >= threads
+    is_interpreted = not isinstance(decode_kernel, triton.JITFunction)
+    return (
+        (is_measured or is_interpreted)
+        and plan.kv_format is None
+        and not shape.token_scales
+        and plan.decode.block_m < WGMMA_ROWS
+        and shape.head_padded >= 32
+        and all(
+            all(stride % 2 == 0 for stride in cache.strides[:-1])
+            and max(cache.strides[0], cache.strides[1] * shape.block_size) < 2**31
+            for cache in caches
+        )
     )
 
 
@@ -179,7 +204,12 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
     pairs = None
     if reads_pairs(specs["query"], specs["value_cache"], options.odd_values):
         pairs = plan.unpacking
-    kernel, special = decode_kernel, layout
+    kernel = decode_kernel
+    special = layout | dict(
+        LEAN=pairs is not None
+        and suits_lean_decode(options, specs["key_cache"], specs["value_cache"]),
+        SAME_STRIDES=strides[0] == strides[1],
+    )
     if plan.segment is not None:
         kernel = segment_decode_kernel
         special = dict(
@@ -519,7 +549,7 @@ def varlen_attention(
         softcap,
         sight,
         alibi_sqrt,
-        value_cache.data_ptr() % 2 == 1,
+        (key_cache.data_ptr() | value_cache.data_ptr()) % 2 == 1,
         value_offset,
         shape,
         plan,
