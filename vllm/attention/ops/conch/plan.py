@@ -127,6 +127,9 @@ class Config:
     max_registers: int | None = None  # of a thread; None: the compiler's choice
     fixed_order: bool = False  # see `fix_order`
     mfma_rows: int | None = None  # of AMD's matrix instructions; None: by the tile
+    # Prefill: the program waits for its query in shared memory before the loop.
+    synced: bool = False
+    scale_columns: int = 0  # see `kv_format.load_token_scales`
 
     def constants(self) -> dict[str, object]:
         """As the kernels' constexprs and options."""
@@ -386,9 +389,25 @@ def avoids_wgmma(shape: Shape, device: Device) -> bool:
     return device.arch == 90 and shape.kv_dtype in KV_QUANTIZED_DTYPES
 
 
+# Whether prefills of heads of 128 take wgmma over quantised caches all the same, with
+# tiles that are not measured yet: an operand that was converted is stored to shared
+# memory and fenced before it is read.
+WGMMA_CONVERTS = False
+
+
+def plan_prefill_converted(shape: Shape) -> Config:
+    """Hopper's tiles for heads of 128 over a quantised cache, if they take wgmma."""
+    if shape.kv_dtype == KV_INT4_DTYPE:  # 64 keys: 136 bytes spill
+        return Config(64, 32, 4, 2, synced=True, scale_columns=4)
+    columns = 4 if shape.token_scales else 0
+    return Config(128, 64, 8, 2, synced=True, scale_columns=columns)
+
+
 def plan_prefill_hopper(shape: Shape) -> Config:
     """Measured on an H200 at 8k tokens, causal, bf16."""
     wide = shape.head_padded
+    if WGMMA_CONVERTS and shape.kv_dtype in KV_QUANTIZED_DTYPES and wide == 128:
+        return plan_prefill_converted(shape)
     if shape.kv_dtype in KV_QUANTIZED_DTYPES:
         if shape.token_scales and wide > 64:  # the largest without spills
             tile = 32 if shape.kv_dtype == KV_INT4_DTYPE else 64

@@ -374,6 +374,8 @@ def attend_tiles(
     KV_FORMAT: tl.constexpr,  # see the module of this name, as for how to widen it
     WIDENING: tl.constexpr,
     FIXED_ORDER: tl.constexpr = False,  # see `segments`
+    SYNCED: tl.constexpr = False,  # see `plan.Config.synced`
+    SCALE_COLUMNS: tl.constexpr = 0,  # see `plan.Config.scale_columns`
 ):
     """Attends a tile of query rows to consecutive tiles of keys; see `weigh_tile`.
 
@@ -403,6 +405,10 @@ def attend_tiles(
         pair_ptr = value_ptr.to(tl.pointer_type(tl.int16))
     if boxes is not None:
         key_box, value_box, kv_head = boxes
+    if SYNCED:
+        # Else Triton has a barrier in the loop for the query that was stored before it,
+        # between the stores of a converted operand and the fence behind them.
+        tl.debug_barrier()
     if AHEAD:
         coming = page_numbers(block_row, tiles[0], tiles[1], BLOCK_SIZE, TILE)
     for tile in tl.range(tiles[0], tiles[1]):
@@ -431,8 +437,9 @@ def attend_tiles(
         if token_scales is None:
             tile_scales: tl.constexpr = None
         else:
-            key_scales = load_token_scales(token_scales[0], page, slot, valid, MASKED)
-            value_scales = load_token_scales(token_scales[1], page, slot, valid, MASKED)
+            key_scales, value_scales = load_token_scales(
+                token_scales, page, slot, valid, MASKED, SCALE_COLUMNS
+            )
             if KV_FORMAT == "int4":
                 key_scales, key_zeros = take_zeros(key_scales)
                 value_scales, value_zeros = take_zeros(value_scales)
