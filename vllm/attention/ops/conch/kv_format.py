@@ -178,15 +178,45 @@ def unpack_bytes(
 
 @triton.jit
 def load_token_scales(
-    scales,  # (pointer to one head's scales, strides of (page, slot, head))
+    # Of K and of V: (pointer to one head's scales, strides of (page, slot, head))
+    scales,
     page,  # [TILE]
     slot,
     valid,
     MASKED: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """[TILE] scales of a tile of keys; 1 where masked."""
-    ptrs = scales[0] + page * scales[1][0] + slot * scales[1][1]
-    return tl.load(ptrs, mask=valid, other=1.0) if MASKED else tl.load(ptrs)
+    """[TILE] scales of K and of V for a tile of keys; 1 where masked.
+
+    COLUMNS, 2 or 4, if not 0: they are loaded as [TILE, COLUMNS]. What has as many
+    elements as the program has threads Triton loads once, and hands on through shared
+    memory; fewer are loaded by every thread that needs them, 32 each with 64 keys.
+    """
+    strides = scales[0][1], scales[1][1]
+    keys = scales[0][0] + page * strides[0][0] + slot * strides[0][1]
+    values = scales[1][0] + page * strides[1][0] + slot * strides[1][1]
+    if COLUMNS == 0:
+        if MASKED:
+            key_scales = tl.load(keys, mask=valid, other=1.0)
+            value_scales = tl.load(values, mask=valid, other=1.0)
+        else:
+            key_scales, value_scales = tl.load(keys), tl.load(values)
+    else:
+        is_key = (tl.arange(0, COLUMNS) % 2 == 0)[None, :]
+        ptrs = tl.where(is_key, keys[:, None], values[:, None])
+        if MASKED:
+            both = tl.load(ptrs, mask=valid[:, None], other=1.0)
+        else:
+            both = tl.load(ptrs)
+        if COLUMNS == 4:
+            key_twice, value_twice = tl.split(
+                tl.reshape(both, [page.shape[0], COLUMNS // 2, 2])
+            )
+            key_scales, _ = tl.split(key_twice)
+            value_scales, _ = tl.split(value_twice)
+        else:
+            key_scales, value_scales = tl.split(both)
+    return key_scales, value_scales
 
 
 @triton.jit

@@ -106,6 +106,7 @@ def attend_ranges(
     MASKED_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr, PRECISION: tl.constexpr, PAIRED_VALUES: tl.constexpr,
     KV_FORMAT: tl.constexpr, WIDENING: tl.constexpr, FIXED_ORDER: tl.constexpr,
+    SYNCED: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Left edge of the window, then whole tiles, then diagonal and end."""
     if HAS_BEFORE:
@@ -114,21 +115,21 @@ def attend_ranges(
             block_row, before, keys_range, scales, sight, None, token_scales,
             CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True, MASKED_TILE,
             BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
-            KV_FORMAT, WIDENING, FIXED_ORDER,
+            KV_FORMAT, WIDENING, FIXED_ORDER, SYNCED=SYNCED, SCALE_COLUMNS=SCALE_COLUMNS,
         )  # fmt: skip
     state = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
         block_row, seen_whole, keys_range, scales, sight, boxes, token_scales,
         CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, False, TILE,
         BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
-        KV_FORMAT, WIDENING, FIXED_ORDER,
+        KV_FORMAT, WIDENING, FIXED_ORDER, SYNCED=SYNCED, SCALE_COLUMNS=SCALE_COLUMNS,
     )  # fmt: skip
     return attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
         block_row, after, keys_range, scales, sight, None, token_scales,
         CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True, MASKED_TILE,
         BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
-        KV_FORMAT, WIDENING, FIXED_ORDER,
+        KV_FORMAT, WIDENING, FIXED_ORDER, SYNCED=SYNCED, SCALE_COLUMNS=SCALE_COLUMNS,
     )  # fmt: skip
 
 
@@ -155,7 +156,7 @@ def attend_segments(
             clip(after, begin, end), keys_range, scales, sight, boxes, token_scales,
             HAS_BEFORE, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, TILE, TILE,
             BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, KV_FORMAT,
-            WIDENING, True,
+            WIDENING, True, False, 0,
         )  # fmt: skip
         acc, row_max, row_sum = merge_states(
             acc, row_max, row_sum,
@@ -231,6 +232,8 @@ def prefill_kernel(
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,  # keys in a tile that every row sees whole
     MASKED_TILE: tl.constexpr,  # keys in other tiles
+    SYNCED: tl.constexpr,  # see `plan.Config`
+    SCALE_COLUMNS: tl.constexpr,
     SEGMENT: tl.constexpr,  # keys; see `segments`; None: all keys in one
     PRECISION: tl.constexpr,
     PAIRED_VALUES: tl.constexpr,
@@ -324,7 +327,7 @@ def prefill_kernel(
             before, seen_whole, after, keys_range, scales, sight, boxes, token_scales,
             HAS_BEFORE, CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, TILE, MASKED_TILE,
             BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES, KV_FORMAT,
-            WIDENING, False,
+            WIDENING, False, SYNCED, SCALE_COLUMNS,
         )  # fmt: skip
         acc = whole(acc, BLOCK_M, HEAD_PADDED, PAIRED_VALUES, KV_FORMAT)
     else:

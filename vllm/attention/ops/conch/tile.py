@@ -419,6 +419,8 @@ def attend_tiles(
     FIXED_ORDER: tl.constexpr = False,  # see `segments`
     LEAN: tl.constexpr = False,
     SAME_STRIDES: tl.constexpr = False,  # of LEAN: value_strides are key_strides
+    SYNCED: tl.constexpr = False,  # see `plan.Config.synced`
+    SCALE_COLUMNS: tl.constexpr = 0,  # see `plan.Config.scale_columns`
 ):
     """Attends a tile of query rows to consecutive tiles of keys; see `weigh_tile`.
 
@@ -437,12 +439,11 @@ def attend_tiles(
     acc, row_max, row_sum = state
     if LEAN:
         row_sum = tl.zeros([query.shape[0], TILE // 4], tl.float32)
-    if LEAN:
         # An empty sequence has no key in whose place others could be read.
         tiles = (tiles[0], tl.where(keys_range[1] > 0, tiles[1], tiles[0]))
         position = tl.minimum(position, keys_range[1] - 1)  # of rows that do not exist
-    if LEAN and SAME_STRIDES:
-        value_strides = key_strides
+        if SAME_STRIDES:
+            value_strides = key_strides
     MASK_KEYS: tl.constexpr = MASKED and not LEAN
     MASK_DIMS: tl.constexpr = HEAD_SIZE != HEAD_PADDED
     AHEAD: tl.constexpr = not MASKED and (
@@ -474,6 +475,10 @@ def attend_tiles(
         query_pair = split_query(query)
     if boxes is not None:
         key_box, value_box, kv_head = boxes
+    if SYNCED:
+        # Else Triton has a barrier in the loop for the query that was stored before it,
+        # between the stores of a converted operand and the fence behind them.
+        tl.debug_barrier()
     if AHEAD:
         coming = page_numbers(block_row, tiles[0], tiles[1], BLOCK_SIZE, TILE)
     for tile in tl.range(tiles[0], tiles[1]):
@@ -515,11 +520,8 @@ def attend_tiles(
         if token_scales is None:
             tile_scales: tl.constexpr = None
         else:
-            key_scales = load_token_scales(
-                token_scales[0], page, slot, valid, MASK_KEYS
-            )
-            value_scales = load_token_scales(
-                token_scales[1], page, slot, valid, MASK_KEYS
+            key_scales, value_scales = load_token_scales(
+                token_scales, page, slot, valid, MASK_KEYS, SCALE_COLUMNS
             )
             if KV_FORMAT == "int4":
                 key_scales, key_zeros = take_zeros(key_scales)

@@ -240,6 +240,8 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
                 ITEM_TILES=plan.prefill_rows // config.block_m,
                 HEAD_LANES=plan.head_lanes,
                 MASKED_TILE=config.masked_tile or config.tile,
+                SYNCED=config.synced,
+                SCALE_COLUMNS=config.scale_columns,
                 SEGMENT=plan.segment,
                 PAIRED_VALUES=pairs if config.block_m < WGMMA_ROWS else None,
                 **layout,
