@@ -136,7 +136,8 @@ def compile_quantize(name: str, mode: str) -> Resources:
         kernel = quantize_kernel
         given = (scale, None) if mode == "static" else (scale, partials)
         arguments = (output, x, *given, 2**24, 0, 0, 64, 64)
-        options |= fp8 | {"TILE": LARGE_TILE, "MAX_PARTIALS": MAX_PARTIALS}
+        tile = {"TILE": LARGE_TILE, "MAX_PARTIALS": MAX_PARTIALS, "EVICTION": ""}
+        options |= fp8 | tile
     return resources(compile_for(TARGETS[name], kernel, *arguments, **options))
 
 

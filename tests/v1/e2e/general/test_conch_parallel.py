@@ -38,9 +38,12 @@ HAS_ALL_TO_ALL = hasattr(ParallelConfig, "dcp_comm_backend")
 
 @pytest.fixture(autouse=True)
 def new_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process has looked at the GPUs, which a fork of it cannot use."""
+    """Workers of their own: a fork of this process, which has looked at the GPUs, could
+    not use them."""
     if ON_GPU:
         monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    # For the function that asks the workers for their layers.
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 
 
 def check(folder: Path, num_kv_heads: int, **options: Any) -> None:

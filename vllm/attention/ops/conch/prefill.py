@@ -115,21 +115,24 @@ def attend_ranges(
             block_row, before, keys_range, scales, sight, None, token_scales,
             CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True, MASKED_TILE,
             BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
-            KV_FORMAT, WIDENING, FIXED_ORDER, SYNCED=SYNCED, SCALE_COLUMNS=SCALE_COLUMNS,
+            KV_FORMAT, WIDENING, FIXED_ORDER,
+            SYNCED=SYNCED, SCALE_COLUMNS=SCALE_COLUMNS,
         )  # fmt: skip
     state = attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
         block_row, seen_whole, keys_range, scales, sight, boxes, token_scales,
         CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, False, TILE,
         BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
-        KV_FORMAT, WIDENING, FIXED_ORDER, SYNCED=SYNCED, SCALE_COLUMNS=SCALE_COLUMNS,
+        KV_FORMAT, WIDENING, FIXED_ORDER,
+        SYNCED=SYNCED, SCALE_COLUMNS=SCALE_COLUMNS,
     )  # fmt: skip
     return attend_tiles(
         state, query, position, key_ptr, value_ptr, key_strides, value_strides,
         block_row, after, keys_range, scales, sight, None, token_scales,
         CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, True, MASKED_TILE,
         BLOCK_SIZE, HEAD_SIZE, HEAD_PADDED, PRECISION, PAIRED_VALUES,
-        KV_FORMAT, WIDENING, FIXED_ORDER, SYNCED=SYNCED, SCALE_COLUMNS=SCALE_COLUMNS,
+        KV_FORMAT, WIDENING, FIXED_ORDER,
+        SYNCED=SYNCED, SCALE_COLUMNS=SCALE_COLUMNS,
     )  # fmt: skip
 
 

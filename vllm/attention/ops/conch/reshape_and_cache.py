@@ -68,9 +68,9 @@ def load_rows(
     dim,
     mask,
 ):
-    """[tokens, elements] of K or V; nothing will read them again."""
+    """[tokens, elements] of K or V."""
     offsets = (tokens * strides[0])[:, None] + (head * strides[1] + dim)[None, :]
-    return tl.load(source_ptr + offsets, mask=mask, eviction_policy="evict_first")
+    return tl.load(source_ptr + offsets, mask=mask)
 
 
 @triton.jit

@@ -44,6 +44,10 @@ LARGE_TILE = 4096
 ELEMENTS_PER_WARP = 512
 # Tiles become large where that still leaves this many to each multiprocessor.
 LARGE_TILE_MIN_PROGRAMS = 4
+# Bytes of input from which a pass leaves the order to the cache; of fewer it has those
+# replaced first that it has read. On an H200 16384 x 4096 in bf16 take 53.7 us so, 56.5
+# the other way; 4096 x 4096 are faster with it.
+STREAMED_BYTES = 64 * 2**20
 # Programs that share the work of a dynamic scale: enough to fill a device, and so few
 # that each can reduce the maxima of all.
 MAX_PARTIALS = 1024
@@ -102,6 +106,7 @@ def quantize_kernel(
     FP8_MAX: tl.constexpr,
     TILE: tl.constexpr,
     MAX_PARTIALS: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
     if partials_ptr is None:
         scale = tl.load(scale_ptr)
@@ -120,7 +125,7 @@ def quantize_kernel(
         x = tl.load(
             input_ptr + row * input_stride + col,
             mask=mask,
-            eviction_policy="evict_first",
+            eviction_policy=EVICTION,
         )
         x = x.to(tl.float32) * reciprocal
         quantized = to_fp8(x, FP8, FP8_MAX, output_ptr.dtype.element_ty)
@@ -234,6 +239,12 @@ def plan_tiles(
     return layout, tiles_per_row, num_rows * tiles_per_row, tile
 
 
+def eviction(input: TensorSpec) -> str:
+    """The policy of loads that nothing reads again; see STREAMED_BYTES."""
+    size = input.shape[0] * input.shape[1] * input.dtype.itemsize
+    return "" if size >= STREAMED_BYTES else "evict_first"
+
+
 def num_warps(elements: int) -> int:
     return min(16, max(1, elements // ELEMENTS_PER_WARP))
 
@@ -256,6 +267,7 @@ def prepare_static(*signatures: tuple) -> Launch | None:
             FP8_MAX=quantized_max(output.dtype),
             TILE=tile,
             MAX_PARTIALS=MAX_PARTIALS,
+            EVICTION=eviction(input),
             num_warps=num_warps(tile),
         ),
     )
@@ -285,6 +297,7 @@ def prepare_dynamic(*signatures: tuple) -> tuple[Launch, Launch]:
             FP8_MAX=quantized_max(output.dtype),
             TILE=tile,
             MAX_PARTIALS=MAX_PARTIALS,
+            EVICTION=eviction(input),
             num_warps=warps,
         ),
     )
