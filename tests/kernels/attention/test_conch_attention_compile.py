@@ -111,8 +111,11 @@ SPILLS = {
         "128 prefill_kernel": 8,
         "128_masks prefill_kernel": 8,
         "128_page prefill_kernel": 120,
+        "128_fp8 prefill_kernel": 32,
         "128_e4m3_scales decode_kernel": 16,
+        "128_e4m3_scales prefill_kernel": 80,
         "128_int8 decode_kernel": 16,
+        "128_int8 prefill_kernel": 56,
         "256 prefill_kernel": 96,
         "512 prefill_kernel": 192,
         "128_invariant segment_decode_kernel": 16,
@@ -342,6 +345,9 @@ def test_loads_are_in_flight(name, compiled):
     """Keys of later tiles are on their way to shared memory under the products."""
     for kernel in ("decode_kernel", "prefill_kernel"):
         for case_name, case, found in of_kernel(compiled[name], kernel):
+            in_one_stage = name == "sm90" and kernel == "prefill_kernel"
+            if case.token_scales and in_one_stage and case.kv_dtype != INT4:
+                continue  # two programs take turns instead
             if case.dtype == BF16:
                 copies = [load for load in found.loads if load.startswith("LDGSTS")]
                 assert copies, (case_name, kernel, found)

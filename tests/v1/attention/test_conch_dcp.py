@@ -72,6 +72,14 @@ NUM_BLOCKS = 40
 TIMEOUT = 120  # seconds that a rank waits for others before the test fails
 
 
+@pytest.fixture(autouse=True)
+def on_gpus_too():
+    """Ranks in one process are right there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conch_dcp, "RIGHT_ON_GPUS", True)
+        yield
+
+
 class Ranks:
     """Runs a function on every rank, one at a time, and carries their tensors."""
 
@@ -624,6 +632,15 @@ def test_refused_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"\(DCP\) .* kv_cache_dtype int8"):
         Group(kv_cache_dtype="int8")
+
+
+def test_refused_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(is_cuda_alike=lambda: True)
+    monkeypatch.setattr(conch_dcp, "current_platform", gpu)
+    Group()
+    monkeypatch.setattr(conch_dcp, "RIGHT_ON_GPUS", False)
+    with pytest.raises(ValueError, match=r"\(DCP\) .* with GPUs, .* FLASH_ATTN"):
+        Group()
 
 
 def test_new_keys_are_needed() -> None:
