@@ -15,6 +15,7 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     DTYPES,
     HALF_DTYPES,
     INTERPRETED,
+    ON_GPU,
     Batch,
     assert_close,
     attend,
@@ -173,6 +174,33 @@ def test_layouts(layout, kv_dtype):
 def test_head_sizes(head_size, kv_dtype):
     heads = {"num_query_heads": 6, "num_kv_heads": 2, "head_size": head_size}
     check_scaled(scaled_batch(SHORT, kv_dtype, dtype=HALF, **heads))
+
+
+# Many tiles of Hopper's asynchronous products, or of the interpreter's small ones.
+LONG = [(300, 1000), (70, 64), (129, 129), (1, 500), (0, 9)]
+if not ON_GPU:
+    LONG = [(20, 50), (5, 4), (18, 18), (1, 30), (0, 9)]
+
+
+@pytest.mark.parametrize("block_size", [16, 48])
+@pytest.mark.parametrize(
+    "kv_dtype", [*FORMATS.values(), torch.float8_e5m2], ids=[*FORMATS, "e5m2"]
+)
+def test_many_tiles_give_the_same_again(kv_dtype, block_size):
+    """What is converted on its way to a product arrives there before it, each time."""
+    make = make_batch if kv_dtype == torch.float8_e5m2 else scaled_batch
+    batch = make(
+        LONG,
+        kv_dtype=kv_dtype,
+        dtype=HALF,
+        head_size=128 if ON_GPU else 32,
+        block_size=block_size,
+    )
+    check(batch) if make is make_batch else check_scaled(batch)
+    first = attend(batch)
+    for _ in range(20 if ON_GPU else 1):
+        for one, other in zip(attend(batch), first):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
