@@ -59,8 +59,9 @@ def check(folder: Path, num_kv_heads: int, **options: Any) -> None:
         assert generate(llm, prompts[:1], 4) == expected[:1]
 
 
-def test_tensor_parallelism(tmp_path: Path) -> None:
-    check(tmp_path, 2, **TWO_RANKS)
+@pytest.mark.parametrize("num_kv_heads", [2, 1])
+def test_tensor_parallelism(num_kv_heads: int, tmp_path: Path) -> None:
+    check(tmp_path, num_kv_heads, **TWO_RANKS)
 
 
 @pytest.mark.skipif(not RIGHT_HERE, reason="refused on GPUs, see conch_dcp")
