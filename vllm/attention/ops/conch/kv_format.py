@@ -188,7 +188,7 @@ def load_token_scales(
 ):
     """[TILE] scales of K and of V for a tile of keys; 1 where masked.
 
-    COLUMNS, 2 or 4, if not 0: they are loaded as [TILE, COLUMNS]. What has as many
+    COLUMNS, 4 if not 0: they are loaded as [TILE, COLUMNS]. What has as many
     elements as the program has threads Triton loads once, and hands on through shared
     memory; fewer are loaded by every thread that needs them, 32 each with 64 keys.
     """
@@ -208,14 +208,11 @@ def load_token_scales(
             both = tl.load(ptrs, mask=valid[:, None], other=1.0)
         else:
             both = tl.load(ptrs)
-        if COLUMNS == 4:
-            key_twice, value_twice = tl.split(
-                tl.reshape(both, [page.shape[0], COLUMNS // 2, 2])
-            )
-            key_scales, _ = tl.split(key_twice)
-            value_scales, _ = tl.split(value_twice)
-        else:
-            key_scales, value_scales = tl.split(both)
+        key_twice, value_twice = tl.split(
+            tl.reshape(both, [page.shape[0], COLUMNS // 2, 2])
+        )
+        key_scales, _ = tl.split(key_twice)
+        value_scales, _ = tl.split(value_twice)
     return key_scales, value_scales
 
 
