@@ -41,7 +41,10 @@ def flush_buffer() -> torch.Tensor:
 
 
 def capture(call: Call) -> torch.cuda.CUDAGraph:
-    """A graph of one call, which is compiled and run before."""
+    """A graph of one call, which is compiled and run before.
+
+    It keeps the call, and so the tensors that are the call's alone.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -50,6 +53,7 @@ def capture(call: Call) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
+    graph.call = call
     return graph
 
 

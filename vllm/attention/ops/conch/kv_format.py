@@ -180,8 +180,8 @@ def unpack_bytes(
 def load_token_scales(
     # Of K and of V: (pointer to one head's scales, strides of (page, slot, head))
     scales,
-    page,  # [TILE]
-    slot,
+    page,  # [TILE], or a scalar: all of the tile is on it
+    slot,  # [TILE]
     valid,
     MASKED: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -209,7 +209,7 @@ def load_token_scales(
         else:
             both = tl.load(ptrs)
         key_twice, value_twice = tl.split(
-            tl.reshape(both, [page.shape[0], COLUMNS // 2, 2])
+            tl.reshape(both, [slot.shape[0], COLUMNS // 2, 2])
         )
         key_scales, _ = tl.split(key_twice)
         value_scales, _ = tl.split(value_twice)

@@ -28,7 +28,6 @@ from vllm.attention.ops.conch import (
 from vllm.attention.ops.conch.shares import count_keys, merge_shares, weigh_share
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_dcp_group
-from vllm.platforms import current_platform
 from vllm.v1.attention.backends.conch_base import (
     PAGE_MULTIPLE,
     AttentionLayer,
@@ -38,10 +37,6 @@ from vllm.v1.attention.backends.conch_base import (
 )
 from vllm.v1.attention.backends.conch_pages import BatchPages, pages_of_batch
 
-# On two H200 an engine gave other tokens than one rank does. Until that is understood
-# layers are refused there: kernels and exchange of ranks in one process are right on
-# a GPU, and engines of two CPU workers are.
-RIGHT_ON_GPUS = False
 # Formats whose new tokens are rounded as those in the cache are.
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -66,7 +61,15 @@ class Peers:
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         """Of the sum of all ranks' [num_tokens, heads, ...] this rank's heads."""
-        return get_dcp_group().reduce_scatter(tensor, 1)
+        group = get_dcp_group()
+        pynccl = getattr(group.device_communicator, "pynccl_comm", None)
+        if pynccl is not None and not pynccl.disabled:
+            return group.reduce_scatter(tensor, 1)
+        # vLLM's own would return memory that nobody has written.
+        rows = tensor.movedim(1, 0).contiguous()
+        own = torch.empty_like(rows[: len(rows) // self.size])
+        torch.distributed.reduce_scatter_tensor(own, rows, group=group.device_group)
+        return own.movedim(0, 1).contiguous()
 
     def scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         """tensor[i] of this rank goes to rank i; returns what all sent to this one."""
@@ -235,10 +238,6 @@ def unsupported(impl: Any) -> list[str]:
         "cross-attention": impl.attn_type == AttentionType.ENCODER_DECODER,
         f"kv_cache_dtype {impl.kv_cache_dtype}": impl.kv_cache_dtype
         not in CACHE_DTYPES,
-        "GPUs, where an engine of two gave wrong tokens; use FLASH_ATTN, or "
-        "--decode-context-parallel-size 1": (
-            current_platform.is_cuda_alike() and not RIGHT_ON_GPUS
-        ),
     }
     return [
         f"decode context parallelism (DCP) not supported with {reason}"
