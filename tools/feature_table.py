@@ -65,7 +65,7 @@ FLAGS = [
         "supports_batch_invariance",
         f"{BACKEND}::test_batch_invariance",
     ),
-    ("DCP (refused on GPUs)", "supports_dcp", f"{DCP}::test_batches"),
+    ("DCP", "supports_dcp", f"{DCP}::test_batches"),
     ("PCP", "supports_pcp", REFUSED),
     ("KV connector", "supports_kv_connector", f"{ENGINE}::test_kv_connector"),
     (

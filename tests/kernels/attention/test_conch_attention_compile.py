@@ -70,6 +70,10 @@ CASES = {
         token_scales=True,
         targets=("sm80", "sm90", "sm100", "gfx942", "gfx1100"),
     ),
+    # Whole tiles in a page.
+    "128_int8_page": Case(
+        128, kv_dtype=INT8, token_scales=True, block_size=128, targets=("sm90",)
+    ),
     "128_int4": Case(128, kv_dtype=INT4, token_scales=True, targets=("sm90", "gfx942")),
     "128_fp32": Case(128, dtype=torch.float32, kv_dtype=torch.float32),
     "256": Case(256),
@@ -295,7 +299,7 @@ def test_matrix_units(name, kernel, compiled):
             assert found.products.keys() <= MATRIX_UNITS[name], (case_name, found)
 
 
-CONVERTED_BY_WGMMA = {"128_fp8", "128_fp8_rows", "128_e4m3_scales", "128_int8"}
+CONVERTED_BY_WGMMA = {"128_fp8", "128_fp8_rows", "128_e4m3_scales", "128_int8", "128_int8_page"}
 
 
 def test_wgmma_on_hopper(compiled):
@@ -336,7 +340,8 @@ def test_tensor_memory_on_blackwell(compiled):
 def test_boxes_by_tma(name, compiled):
     """Pages of a tile or more are read without addresses, where that is planned."""
     for case_name, case, found in of_kernel(compiled[name], "prefill_kernel"):
-        boxes = name in ("sm90", "sm100") and case.block_size == 128
+        planned = name in ("sm90", "sm100") and case.kv_dtype == case.dtype
+        boxes = planned and case.block_size == 128
         assert ("UTMALDG.4D" in found.loads) == boxes, (case_name, found)
 
 

@@ -182,7 +182,7 @@ if not ON_GPU:
     LONG = [(20, 50), (5, 4), (18, 18), (1, 30), (0, 9)]
 
 
-@pytest.mark.parametrize("block_size", [16, 48])
+@pytest.mark.parametrize("block_size", [16, 48, 128])
 @pytest.mark.parametrize(
     "kv_dtype", [*FORMATS.values(), torch.float8_e5m2], ids=[*FORMATS, "e5m2"]
 )

@@ -72,14 +72,6 @@ NUM_BLOCKS = 40
 TIMEOUT = 120  # seconds that a rank waits for others before the test fails
 
 
-@pytest.fixture(autouse=True)
-def on_gpus_too():
-    """Ranks in one process are right there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conch_dcp, "RIGHT_ON_GPUS", True)
-        yield
-
-
 class Ranks:
     """Runs a function on every rank, one at a time, and carries their tensors."""
 
@@ -634,13 +626,39 @@ def test_refused_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         Group(kv_cache_dtype="int8")
 
 
-def test_refused_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = SimpleNamespace(is_cuda_alike=lambda: True)
-    monkeypatch.setattr(conch_dcp, "current_platform", gpu)
-    Group()
-    monkeypatch.setattr(conch_dcp, "RIGHT_ON_GPUS", False)
-    with pytest.raises(ValueError, match=r"\(DCP\) .* with GPUs, .* FLASH_ATTN"):
-        Group()
+@pytest.mark.parametrize("pynccl", ["works", "disabled", "missing"])
+def test_results_are_summed_without_pynccl(
+    pynccl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own reduce-scatter returns memory that nobody wrote where it is disabled."""
+    size, rank = 2, 1
+    tensor = torch.randn(5, size * NUM_HEADS, HEAD_SIZE, device=DEVICE)
+    expected = size * tensor[:, rank * NUM_HEADS :]
+
+    def of_vllm(whole: torch.Tensor, dim: int) -> torch.Tensor:
+        own = size * whole.chunk(size, dim)[rank].contiguous()
+        return own if pynccl == "works" else own * math.nan
+
+    def of_torch(own: torch.Tensor, whole: torch.Tensor, group: str) -> None:
+        assert (group, pynccl == "works") == ("all ranks", False)
+        assert own.is_contiguous()
+        assert whole.is_contiguous()
+        own.copy_(size * whole.chunk(size)[rank])
+
+    communicator = SimpleNamespace()
+    if pynccl != "missing":
+        communicator.pynccl_comm = SimpleNamespace(disabled=pynccl == "disabled")
+    group = SimpleNamespace(
+        device_communicator=communicator,
+        device_group="all ranks",
+        reduce_scatter=of_vllm,
+    )
+    monkeypatch.setattr(conch_dcp, "get_dcp_group", lambda: group)
+    monkeypatch.setattr(torch.distributed, "reduce_scatter_tensor", of_torch)
+    peers = conch_dcp.Peers(size, rank, 1, all_to_all=False)
+    found = peers.reduce_scatter(tensor)
+    assert found.is_contiguous()
+    assert torch.equal(found, expected)
 
 
 def test_new_keys_are_needed() -> None:

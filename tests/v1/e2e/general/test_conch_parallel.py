@@ -26,7 +26,6 @@ from tests.v1.e2e.general.conch_engine import (
     save,
 )
 from vllm.config import ParallelConfig
-from vllm.v1.attention.backends import conch_dcp
 
 if ON_GPU and torch.accelerator.device_count() < 2:
     pytest.skip("needs two GPUs, or none", allow_module_level=True)
@@ -34,7 +33,6 @@ if ON_GPU and torch.accelerator.device_count() < 2:
 TWO_RANKS = {"tensor_parallel_size": 2}
 # Ranks share keys where there are fewer KV heads than ranks.
 SHARED_KEYS = TWO_RANKS | {"decode_context_parallel_size": 2}
-RIGHT_HERE = conch_dcp.RIGHT_ON_GPUS or not ON_GPU
 HAS_ALL_TO_ALL = hasattr(ParallelConfig, "dcp_comm_backend")
 
 
@@ -64,7 +62,6 @@ def test_tensor_parallelism(num_kv_heads: int, tmp_path: Path) -> None:
     check(tmp_path, num_kv_heads, **TWO_RANKS)
 
 
-@pytest.mark.skipif(not RIGHT_HERE, reason="refused on GPUs, see conch_dcp")
 @pytest.mark.parametrize(
     "options",
     [
@@ -117,7 +114,7 @@ def test_attention_of_an_8b_model(num_kv_heads: int, tmp_path: Path) -> None:
     with engine(str(tmp_path), layers, **sizes) as llm:
         expected = generate(llm, prompts, 32)
     parallel = [TWO_RANKS]
-    if num_kv_heads == 1 and RIGHT_HERE:
+    if num_kv_heads == 1:
         parallel.append(SHARED_KEYS)
     for ranks in parallel:
         for enforce_eager in (True, False):
