@@ -100,7 +100,6 @@ SPILLS = {
     },
     "sm100": {
         "128_int8 decode_kernel": 8,
-        "128_int8 prefill_kernel": 16,
         "128_invariant segment_decode_kernel": 40,
         "128_invariant prefill_kernel": 24,
         "128_invariant_fp8 segment_decode_kernel": 64,
@@ -117,9 +116,7 @@ SPILLS = {
         "128_page prefill_kernel": 120,
         "128_fp8 prefill_kernel": 32,
         "128_e4m3_scales decode_kernel": 16,
-        "128_e4m3_scales prefill_kernel": 80,
         "128_int8 decode_kernel": 16,
-        "128_int8 prefill_kernel": 56,
         "256 prefill_kernel": 96,
         "512 prefill_kernel": 192,
         "128_invariant segment_decode_kernel": 16,

@@ -279,8 +279,9 @@ def plan_decode(shape: Shape, device: Device, max_query_len: int) -> Config:
     if wide <= 64 and device.shared_memory < 128 * 1024:
         tile = min(tile, 64)
     if shape.token_scales and shape.row_bytes > 64:
-        # More spill. On an H200 64 x 8k with int8 take 635 us so, 757 with 3 stages and
-        # 838 with 8 warps; with int4 and 128 keys 517, with 64 578.
+        # More spill. On an H200 64 x 8k with int8 took 635 us so, 757 with 3 stages and
+        # 838 with 8 warps; with int4 and 128 keys 517, with 64 578. Since then
+        # `kv_format.log2_of_scales` has made it 597 and 449.
         tile = min(tile, 64)
     if block_m > 16:
         tile = min(tile, 64 if block_m == 32 or width == 2 else 32)

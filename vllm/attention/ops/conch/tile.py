@@ -280,6 +280,7 @@ def weigh_tile(
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     KV_FORMAT: tl.constexpr,
+    WIDENING: tl.constexpr,
     FIXED_ORDER: tl.constexpr,
     LEAN: tl.constexpr = False,  # query and key are pairs, see `attend_tiles`
 ):
@@ -330,7 +331,9 @@ def weigh_tile(
     elif token_scales is None:
         step = softmax_step(scores, scale, row_max, row_sum, MASKED)
     else:
-        step = scaled_softmax_step(scores, scale, token_scales[1], row_max, row_sum)
+        step = scaled_softmax_step(
+            scores, scale, token_scales[1], row_max, row_sum, WIDENING
+        )
     return step
 
 
@@ -535,7 +538,7 @@ def attend_tiles(
                 unpack_nibbles(key, query.dtype, WIDENING),
                 position, keys_range, scales, sight, tile_scales,
                 CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED, TILE, PRECISION,
-                KV_FORMAT, FIXED_ORDER, LEAN,
+                KV_FORMAT, WIDENING, FIXED_ORDER, LEAN,
             )  # fmt: skip
         elif LEAN:
             key_pair = unpack_pairs(
@@ -545,7 +548,7 @@ def attend_tiles(
                 start, row_max, row_sum, query_pair, key_pair,
                 position, keys_range, scales, sight, tile_scales,
                 CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED, TILE, PRECISION,
-                KV_FORMAT, FIXED_ORDER, LEAN,
+                KV_FORMAT, WIDENING, FIXED_ORDER, LEAN,
             )  # fmt: skip
         else:
             if KV_FORMAT is not None:
@@ -554,7 +557,7 @@ def attend_tiles(
                 start, row_max, row_sum, query, key,
                 position, keys_range, scales, sight, tile_scales,
                 CAUSAL, WINDOWED, SOFTCAP, ALIBI_SQRT, MASKED, TILE, PRECISION,
-                KV_FORMAT, FIXED_ORDER, LEAN,
+                KV_FORMAT, WIDENING, FIXED_ORDER, LEAN,
             )  # fmt: skip
         weights = weights.to(query.dtype)
         # V: [TILE, D], or [TILE, D / 2] pairs

@@ -197,7 +197,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         FP8=triton_fp8(specs["output"].dtype) if quantized else None,
         FP8_MAX=torch.finfo(specs["output"].dtype).max if quantized else None,
         KV_FORMAT=plan.kv_format,
-        WIDENING=plan.unpacking if plan.kv_format else None,
+        WIDENING=plan.unpacking if plan.kv_format or shape.token_scales else None,
         **sight.constants(),
     )
     layout = dict(STRIDE_UNIT=stride_unit, VALUE_OFFSET=options.value_offset)
