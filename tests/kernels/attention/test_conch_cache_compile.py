@@ -117,6 +117,7 @@ def compile_quantize(name: str, mode: str) -> Resources:
         num_warps,
         quantize_kernel,
         quantize_rows_kernel,
+        row_warps,
     )
 
     dtype = torch.float8_e4m3fnuz if name == "gfx942" else torch.float8_e4m3fn
@@ -131,7 +132,7 @@ def compile_quantize(name: str, mode: str) -> Resources:
         kernel = quantize_rows_kernel
         arguments = (output, scale, x, None, LARGE_TILE, LARGE_TILE, LARGE_TILE, 64)
         row = {"ROWS": 1, "COLUMNS": LARGE_TILE, "IN_REGISTERS": True}
-        options |= fp8 | row | {"MIN_SCALE": 1e-6}
+        options |= fp8 | row | {"MIN_SCALE": 1e-6, "num_warps": row_warps(LARGE_TILE)}
     else:
         kernel = quantize_kernel
         given = (scale, None) if mode == "static" else (scale, partials)
@@ -174,9 +175,11 @@ def test_resources(name: str, compiled: dict[str, dict[str, Resources]]) -> None
             continue
         assert found.spilled_bytes == 0, (kernel, found)
         # Of gfx1100's 1536 for a lane, 16 waves have 96 each: as many as there can be.
-        assert found.registers <= (96 if name == "gfx1100" else 64), (kernel, found)
+        # Rows have more elements in a thread: half of the threads suffice on an H200.
+        most = 96 if name == "gfx1100" else 80 if kernel == "per_token" else 64
+        assert found.registers <= most, (kernel, found)
         assert WIDE_LOADS[backend] & found.loads.keys(), (kernel, found)
-        if backend == "cuda" and kernel != "copy_fp8":
+        if backend == "cuda" and kernel not in ("copy_fp8", "per_token"):
             # Three quarters of the threads of a multiprocessor at once.
             assert found.registers <= 40, (kernel, found)
         # A wavefront of 64 spreads the fp8 of a tile more thinly.

@@ -42,6 +42,7 @@ INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALL_TILE = 1024
 LARGE_TILE = 4096
 ELEMENTS_PER_WARP = 512
+MAX_ELEMENTS_PER_WARP = 2048  # 64 in a thread
 # Tiles become large where that still leaves this many to each multiprocessor.
 LARGE_TILE_MIN_PROGRAMS = 4
 # Bytes of input from which a pass leaves the order to the cache; of fewer it has those
@@ -158,7 +159,7 @@ def quantize_rows_kernel(
 
     if IN_REGISTERS:
         mask = live & (col < num_cols)
-        x = tl.load(inputs, mask=mask, other=0.0, eviction_policy="evict_first")
+        x = tl.load(inputs, mask=mask, other=0.0)
         largest = tl.max(magnitude(x), 1, keep_dims=True)
     else:
         running = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -249,6 +250,15 @@ def num_warps(elements: int) -> int:
     return min(16, max(1, elements // ELEMENTS_PER_WARP))
 
 
+def row_warps(elements: int) -> int:
+    """Warps for rows in registers: few, so that a multiprocessor has many rows.
+
+    On an H200 16384 x 8192 in bf16 take 102.1 us with 4 warps, 109.0 with 16 and with
+    loads that are evicted first; 16384 x 4096 take 55.0, with 8 such 56.9.
+    """
+    return max(min(4, num_warps(elements)), elements // MAX_ELEMENTS_PER_WARP)
+
+
 @lru_cache(maxsize=4096)
 def prepare_static(*signatures: tuple) -> Launch | None:
     """Checks and plans one pass with a given scale."""
@@ -316,6 +326,7 @@ def prepare_per_token(*signatures: tuple | None) -> Launch | None:
         return None
     columns = max(16, min(triton.next_power_of_2(num_cols), MAX_COLUMNS))
     rows = max(1, SMALL_TILE // columns)
+    in_registers = num_cols <= columns
     fp8_max = quantized_max(output.dtype)
     return Launch(
         quantize_rows_kernel,
@@ -327,8 +338,8 @@ def prepare_per_token(*signatures: tuple | None) -> Launch | None:
             MIN_SCALE=1 / (fp8_max * TOKEN_SCALE_DIVISOR),
             ROWS=rows,
             COLUMNS=columns,
-            IN_REGISTERS=num_cols <= columns,
-            num_warps=num_warps(rows * columns),
+            IN_REGISTERS=in_registers,
+            num_warps=(row_warps if in_registers else num_warps)(rows * columns),
         ),
     )
 
