@@ -296,7 +296,14 @@ def test_matrix_units(name, kernel, compiled):
             assert found.products.keys() <= MATRIX_UNITS[name], (case_name, found)
 
 
-CONVERTED_BY_WGMMA = {"128_fp8", "128_fp8_rows", "128_e4m3_scales", "128_int8", "128_int8_page"}
+CONVERTED_BY_WGMMA = {
+    "128_fp8",
+    "128_fp8_rows",
+    "128_e4m3_scales",
+    "128_int8",
+    "128_int8_page",
+    "128_int4",
+}
 
 
 def test_wgmma_on_hopper(compiled):
@@ -348,7 +355,7 @@ def test_loads_are_in_flight(name, compiled):
     for kernel in ("decode_kernel", "prefill_kernel"):
         for case_name, case, found in of_kernel(compiled[name], kernel):
             in_one_stage = name == "sm90" and kernel == "prefill_kernel"
-            if case.token_scales and in_one_stage and case.kv_dtype != INT4:
+            if case.token_scales and in_one_stage:
                 continue  # two programs take turns instead
             if case.dtype == BF16:
                 copies = [load for load in found.loads if load.startswith("LDGSTS")]
