@@ -630,7 +630,7 @@ def test_refused_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_results_are_summed_without_pynccl(
     pynccl: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM's own reduce-scatter returns memory that nobody wrote where it is disabled."""
+    """Where it is disabled, what vLLM returns is memory that nobody has written."""
     size, rank = 2, 1
     tensor = torch.randn(5, size * NUM_HEADS, HEAD_SIZE, device=DEVICE)
     expected = size * tensor[:, rank * NUM_HEADS :]
