@@ -396,10 +396,10 @@ def avoids_wgmma(shape: Shape, device: Device) -> bool:
 def plan_prefill_converted(shape: Shape) -> Config:
     """Hopper's tiles for heads of 128 over quantised caches.
 
-    On an H200 2k tokens over 8k take, in us: with scales per token, int8 1404 and fp8
-    1276 (tiles of 32 rows without wgmma 3429 and 3415, 128 rows 1399 and 1415); without
-    them, e5m2 729 (32 rows 1387; 64 keys 829). int4 takes 3137, in two stages 4160 and
-    with 32 rows 14807.
+    On an H200 2k tokens over 8k take, in us: with scales per token, int8 1072 and fp8
+    1058 (two stages 1256 and 1240; 128 keys 1158 and 1137, but 1321 and 1375 with pages
+    of 128; 32 rows, without wgmma and `log2_of_scales`, 3429 and 3415); int4 1598 (two
+    stages 1673, 128 rows 1736, 32 rows 6475); without scales, e5m2 747 (32 rows 1387).
     """
     if shape.kv_dtype == KV_INT4_DTYPE:
         return Config(64, 32, 4, 1, synced=True, scale_columns=4)

@@ -42,7 +42,7 @@ INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALL_TILE = 1024
 LARGE_TILE = 4096
 ELEMENTS_PER_WARP = 512
-MAX_ELEMENTS_PER_WARP = 2048  # 64 in a thread
+FEW_WARPS_ELEMENTS = 8192  # 64 in a thread of 4 warps
 # Tiles become large where that still leaves this many to each multiprocessor.
 LARGE_TILE_MIN_PROGRAMS = 4
 # Bytes of input from which a pass leaves the order to the cache; of fewer it has those
@@ -253,10 +253,12 @@ def num_warps(elements: int) -> int:
 def row_warps(elements: int) -> int:
     """Warps for rows in registers: few, so that a multiprocessor has many rows.
 
-    On an H200 16384 x 8192 in bf16 take 102.1 us with 4 warps, 109.0 with 16 and with
-    loads that are evicted first; 16384 x 4096 take 55.0, with 8 such 56.9.
+    On an H200 16384 x 8192 in bf16 take 102.1 us with 4 warps, 109.4 with 16; 16384 x
+    4096 take 55.0, with 8 56.9. Longer rows: 4096 x 14336 take 53.8 with 16 and 56.4
+    with 8. Loads of the slower ones were evicted first, which makes no difference.
     """
-    return max(min(4, num_warps(elements)), elements // MAX_ELEMENTS_PER_WARP)
+    most = 4 if elements <= FEW_WARPS_ELEMENTS else 16
+    return min(most, num_warps(elements))
 
 
 @lru_cache(maxsize=4096)
