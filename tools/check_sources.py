@@ -4,7 +4,7 @@
 
 A hook of .pre-commit-config.yaml. Checks Python files for the two SPDX lines, imports
 that vLLM wraps, and torch.cuda calls that have a device-neutral form; Markdown files
-for links to files that do not exist. Standard library only.
+for links to files, or to headings in them, that do not exist. Standard library only.
 """
 
 import re
@@ -62,7 +62,9 @@ RULES = (
     rule(r"^\s*print\(", "log with vllm.logger.init_logger", "vllm"),
     rule(r"\btrust_remote_code\s*=\s*True\b", "pass the user's setting on", "vllm"),
 )
-LINK = re.compile(r"\]\(<?([^)>\s#]+)[^)]*\)")
+LINK = re.compile(r"\]\(<?([^)>\s#]*)(?:#([^)>\s]+))?[^)]*\)")
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 
 
 def overlay_folder(path: str) -> str | None:
@@ -90,15 +92,25 @@ def check_python(path: str, text: str) -> Iterator[str]:
             yield f"{path}:{line}: {match.group().strip()}: {one.instead}"
 
 
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a Markdown file."""
+    headings = HEADING.findall(FENCED.sub("", text))
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in plain}
+
+
 def check_markdown(path: str, text: str) -> Iterator[str]:
     """Yields the links of a Markdown file that lead nowhere in this repository."""
     for match in LINK.finditer(text):
-        target = match.group(1)
+        target, anchor = match.groups()
         if "://" in target or target.startswith("mailto:"):
             continue
-        if not (Path(path).parent / unquote(target)).exists():
-            line = text.count("\n", 0, match.start()) + 1
+        line = text.count("\n", 0, match.start()) + 1
+        file = Path(path).parent / unquote(target) if target else Path(path)
+        if not file.exists():
             yield f"{path}:{line}: {target}: no such file"
+        elif anchor and anchor not in anchors(file.read_text(encoding="utf-8")):
+            yield f"{path}:{line}: {target}#{anchor}: no such heading"
 
 
 def main(paths: list[str]) -> int:
