@@ -6,8 +6,6 @@ The host side of `hopper_fp8_prefill_kernel`, as `hopper_prefill` is that of the
 for 16 bits; work list, TMA descriptors and availability are the same.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from vllm.triton_utils import triton
@@ -15,11 +13,10 @@ from vllm.triton_utils import triton
 from .checks import TensorSpec
 from .hopper_prefill import (
     CONSUMER_ROWS,
-    LOG2E,
-    LONG_SEQUENCE_BYTES,
     HopperLaunch,
+    TileConfig,
+    launch_terms,
     num_programs,
-    rows_by_head,
 )
 from .launch import Launch
 
@@ -28,20 +25,8 @@ FP8 = torch.float8_e4m3fn
 PANEL = 128  # bytes of the widest swizzle
 
 
-@dataclass(frozen=True)
-class Fp8Config:
-    """Tile and pipeline of a kernel."""
-
-    consumers: int  # warpgroups of 64 rows
-    block_n: int  # keys a tile
-    stages: int  # tiles of K, of V, and of V turned around, in flight
-    softcap: str = "approx"  # tanh by the hardware's, or exactly by "exp2"
-    row_block: int | None = None  # see `hopper_prefill.rows_by_head`
-
-    @property
-    def block_m(self) -> int:
-        """Packed query rows a work item."""
-        return CONSUMER_ROWS * self.consumers
+class Fp8Config(TileConfig):
+    """Those of the kernel for fp8; of V turned around as many tiles are in flight."""
 
 
 # By head size, padded. Measured on an H200, causal, 8k tokens, pages of 128: 576, 755
@@ -97,42 +82,20 @@ def plan_launch(
     """
     from .hopper_fp8_prefill_kernel import hopper_fp8_prefill_kernel
 
-    _, block_size, num_kv_heads, head_size = key_cache.shape
-    num_query_heads = query.shape[1]
+    block_size, head_size = key_cache.shape[1], key_cache.shape[3]
     padded = max(64, triton.next_power_of_2(head_size))
     config = CONFIGS[padded]
-    group = num_query_heads // num_kv_heads
-    row_block = config.row_block
-    if row_block is None:
-        row_block = rows_by_head(group, pack, sliding_window is not None)
-    launch = Launch(
-        hopper_fp8_prefill_kernel,
-        (num_programs(query.device),),
-        (
-            *output.strides[:2],
-            LONG_SEQUENCE_BYTES // (2 * head_size * num_kv_heads),
-            block_table.strides[0],
-            (softcap or scale) * LOG2E,
-            scale / softcap if softcap else 0.0,
-            sliding_window or 0,
-        ),
-        dict(
-            HEAD_SIZE=head_size,
-            BLOCK_N=config.block_n,
-            PAGE=block_size,
-            GROUP=group,
-            PACK=pack,
-            HEAD_TILES=num_query_heads // pack,
-            CONSUMERS=config.consumers,
-            STAGES=config.stages,
-            CAUSAL=causal,
-            WINDOWED=sliding_window is not None,
-            WIDE_WINDOW=(sliding_window or 0) >= CONSUMER_ROWS + config.block_n,
-            SOFTCAP=config.softcap if softcap else None,
-            ROW_BLOCK=row_block,
-            num_warps=4,
-        ),
+    arguments, constants = launch_terms(
+        *(query, key_cache, output, block_table, config),
+        pack=pack,
+        scale=scale,
+        causal=causal,
+        sliding_window=sliding_window,
+        softcap=softcap,
     )
+    constants["num_warps"] = 4
+    programs = (num_programs(query.device),)
+    launch = Launch(hopper_fp8_prefill_kernel, programs, arguments, constants)
     panel = min(padded, PANEL)
     page_box = (1, min(block_size & -block_size, config.block_n), 1, panel)
     query_box = (CONSUMER_ROWS // pack, pack, panel)

@@ -35,23 +35,29 @@ LOG2E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
-class HopperConfig:
-    """Tile and pipeline of a kernel."""
+class TileConfig:
+    """Tile and pipeline of a Hopper kernel, for 16 bits or fp8."""
 
     consumers: int  # of 64 rows each
     block_n: int  # keys a tile
     stages: int  # tiles of K, and of V, in flight
-    warpgroups: int = 1  # of a consumer, which share its columns
-    narrow_p: bool = False  # probabilities go around the loop in 16 bits, not 32
-    turns: bool = False  # two consumers take exponentials in turns
     softcap: str = "approx"  # tanh by the hardware's, or exactly by "exp2"
     row_block: int | None = None  # see `rows_by_head`
-    q_stages: int = 1  # query tiles in flight
 
     @property
     def block_m(self) -> int:
         """Packed query rows a work item."""
         return CONSUMER_ROWS * self.consumers
+
+
+@dataclass(frozen=True)
+class HopperConfig(TileConfig):
+    """Those of the kernel for 16 bits."""
+
+    warpgroups: int = 1  # of a consumer, which share its columns
+    narrow_p: bool = False  # probabilities go around the loop in 16 bits, not 32
+    turns: bool = False  # two consumers take exponentials in turns
+    q_stages: int = 1  # query tiles in flight
 
 
 # By head size, padded. Measured on an H200, causal, 8k tokens, pages of 128: 484, 669,
@@ -228,6 +234,56 @@ class HopperLaunch(NamedTuple):
     queries: dict[tuple[int, int], Described]  # by address and elements
 
 
+def launch_terms(
+    query: TensorSpec,
+    key_cache: TensorSpec,
+    output: TensorSpec,
+    block_table: TensorSpec,
+    config: TileConfig,
+    *,
+    pack: int,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None,
+    softcap: float,
+) -> tuple[tuple, dict[str, object]]:
+    """Arguments after the tensors, and constants, that both Hopper kernels have.
+
+    Arguments as for `hopper_prefill`.
+    """
+    _, block_size, num_kv_heads, head_size = key_cache.shape
+    num_query_heads = query.shape[1]
+    group = num_query_heads // num_kv_heads
+    row_block = config.row_block
+    if row_block is None:
+        row_block = rows_by_head(group, pack, sliding_window is not None)
+    key_bytes = 2 * key_cache.dtype.itemsize * head_size * num_kv_heads  # K and V
+    arguments = (
+        *output.strides[:2],
+        LONG_SEQUENCE_BYTES // key_bytes,
+        block_table.strides[0],
+        (softcap or scale) * LOG2E,
+        scale / softcap if softcap else 0.0,
+        sliding_window or 0,
+    )
+    constants: dict[str, object] = dict(
+        HEAD_SIZE=head_size,
+        BLOCK_N=config.block_n,
+        PAGE=block_size,
+        GROUP=group,
+        PACK=pack,
+        HEAD_TILES=num_query_heads // pack,
+        CONSUMERS=config.consumers,
+        STAGES=config.stages,
+        CAUSAL=causal,
+        WINDOWED=sliding_window is not None,
+        WIDE_WINDOW=(sliding_window or 0) >= CONSUMER_ROWS + config.block_n,
+        SOFTCAP=config.softcap if softcap else None,
+        ROW_BLOCK=row_block,
+    )
+    return arguments, constants
+
+
 def plan_launch(
     query: TensorSpec,
     key_cache: TensorSpec,
@@ -245,47 +301,27 @@ def plan_launch(
     work and block_table. Arguments as there."""
     from .hopper_prefill_kernel import hopper_prefill_kernel
 
-    _, block_size, num_kv_heads, head_size = key_cache.shape
-    num_query_heads = query.shape[1]
+    block_size, head_size = key_cache.shape[1], key_cache.shape[3]
     config = config or CONFIGS[max(64, triton.next_power_of_2(head_size))]
-    group = num_query_heads // num_kv_heads
-    row_block = config.row_block
-    if row_block is None:
-        row_block = rows_by_head(group, pack, sliding_window is not None)
     bounded = 0 < softcap <= MAX_BOUND and query.dtype == torch.bfloat16
-    launch = Launch(
-        hopper_prefill_kernel,
-        (num_programs(query.device),),
-        (
-            *output.strides[:2],
-            LONG_SEQUENCE_BYTES // (4 * head_size * num_kv_heads),
-            block_table.strides[0],
-            (softcap or scale) * LOG2E,
-            scale / softcap if softcap else 0.0,
-            sliding_window or 0,
-        ),
-        dict(
-            HEAD_SIZE=head_size,
-            BLOCK_N=config.block_n,
-            PAGE=block_size,
-            GROUP=group,
-            PACK=pack,
-            HEAD_TILES=num_query_heads // pack,
-            CONSUMERS=config.consumers,
-            WARPGROUPS=config.warpgroups,
-            STAGES=config.stages,
-            CAUSAL=causal,
-            WINDOWED=sliding_window is not None,
-            WIDE_WINDOW=(sliding_window or 0) >= CONSUMER_ROWS + config.block_n,
-            SOFTCAP=config.softcap if softcap else None,
-            BOUNDED=bounded,
-            NARROW_P=config.narrow_p or bounded,
-            TURNS=config.turns,
-            ROW_BLOCK=row_block,
-            Q_STAGES=config.q_stages,
-            num_warps=4 * config.warpgroups,
-        ),
+    arguments, constants = launch_terms(
+        *(query, key_cache, output, block_table, config),
+        pack=pack,
+        scale=scale,
+        causal=causal,
+        sliding_window=sliding_window,
+        softcap=softcap,
     )
+    constants |= dict(
+        WARPGROUPS=config.warpgroups,
+        BOUNDED=bounded,
+        NARROW_P=config.narrow_p or bounded,
+        TURNS=config.turns,
+        Q_STAGES=config.q_stages,
+        num_warps=4 * config.warpgroups,
+    )
+    programs = (num_programs(query.device),)
+    launch = Launch(hopper_prefill_kernel, programs, arguments, constants)
     page_box = (1, min(block_size & -block_size, config.block_n), 1, PANEL)
     query_box = (CONSUMER_ROWS // pack, pack, PANEL)
     return HopperLaunch(launch, query_box, page_box, queries={})
