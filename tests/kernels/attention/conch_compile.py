@@ -74,8 +74,17 @@ def compile_for(
     options, signature, constants, attributes = kernel._pack_args(
         backend, kwargs, bound, specialization, options
     )
-    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    source = source_class(kernel)(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=options.__dict__)
+
+
+def source_class(kernel: JITFunction) -> type:
+    """What a kernel's text is to the compiler, by the language that it is in."""
+    if not kernel.is_gluon():
+        return triton.compiler.ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def resources(compiled: CompiledKernel) -> Resources:

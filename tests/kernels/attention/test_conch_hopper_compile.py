@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What Hopper's own prefill kernels compile to. Needs no GPU.
+
+They run on a Hopper GPU alone: without one this is all that tells whether they are
+still understood by the compiler, keep to their registers and use Hopper's units.
+"""
+
+import importlib
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from tests.kernels.attention.conch_compile import (
+    TARGETS,
+    Resources,
+    compile_for,
+    compile_on_all,
+    resources,
+)
+from tests.kernels.attention.conch_devices import DEVICES
+
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+NUM_KV_HEADS, GROUP = 8, 4
+
+
+class Case(NamedTuple):
+    """Layers, and the most bytes that spill all the same."""
+
+    head_size: int
+    spills: int = 0
+    block_size: int = 128
+    dtype: torch.dtype = BF16
+    has_sinks: bool = False
+    options: dict = {}
+
+
+# Every config, the head sizes that are not all of a tile, and every specialisation.
+CASES = {
+    "64": Case(64),
+    "80": Case(80, spills=8),
+    "128": Case(128, spills=8),
+    "256": Case(256),
+    "512": Case(512),
+    "128_small_pages": Case(128, spills=8, block_size=16),
+    "128_window": Case(128, spills=72, options={"sliding_window": 1000}),
+    "128_softcap": Case(128, options={"softcap": 30.0}),
+    "128_large_softcap": Case(128, spills=8, options={"softcap": 80.0}),
+    "64_sinks": Case(64, has_sinks=True, options={"sliding_window": 128}),
+    "fp8_64": Case(64, spills=24, dtype=E4M3),
+    "fp8_128": Case(128, spills=120, dtype=E4M3),
+    "fp8_256": Case(256, spills=112, dtype=E4M3),
+    "fp8_128_window_softcap": Case(
+        128,
+        spills=168,
+        dtype=E4M3,
+        options={"sliding_window": 1000, "softcap": 30.0},
+    ),
+}
+
+
+def compile_case(case: Case) -> Resources:
+    conch = "vllm.attention.ops.conch"
+    checks, hopper, hopper_fp8 = (
+        importlib.import_module(f"{conch}.{name}")
+        for name in ("checks", "hopper_prefill", "hopper_fp8_prefill")
+    )
+    is_fp8 = case.dtype == E4M3
+    heads = NUM_KV_HEADS * GROUP
+
+    def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    query = tensor(3000, heads, case.head_size, dtype=case.dtype)
+    pages = (1000, case.block_size, NUM_KV_HEADS, case.head_size)
+    caches = [tensor(*pages, dtype=case.dtype) for _ in range(2)]
+    output = tensor(3000, heads, case.head_size, dtype=BF16)
+    block_table = tensor(64, 512, dtype=torch.int32)
+    work = tensor(100, 8, dtype=torch.int32)
+    sinks = tensor(heads, dtype=BF16) if case.has_sinks else None
+    scales = [tensor(1, dtype=torch.float32)] * 3 if is_fp8 else []
+    specs = (
+        checks.TensorSpec(*checks.signature(t))
+        for t in (query, caches[0], output, block_table)
+    )
+    module = hopper_fp8 if is_fp8 else hopper
+    options = {"sliding_window": None, "softcap": 0.0} | case.options
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "num_programs", lambda device: 132)
+        planned = module.plan_launch(*specs, pack=1, scale=0.1, causal=True, **options)
+    descriptors = (
+        hopper.describe_tensor(query, planned.query_box),
+        *(hopper.describe_pages(cache, planned.page_box) for cache in caches),
+    )
+    launch = planned.launch
+    arguments = (len(work), *descriptors, output, None, sinks, work, block_table)
+    arguments += (*scales, *launch.arguments)
+    compiled = compile_for(
+        TARGETS["sm90"], launch.kernel, *arguments, **launch.constants
+    )
+    return resources(compiled)
+
+
+def compile_all(name: str) -> dict[str, Resources]:
+    if name != "sm90":
+        return {}
+    return {case_name: compile_case(case) for case_name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Resources]:
+    found = compile_on_all(compile_all)["sm90"]
+    return {name: Resources(*fields) for name, fields in found.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resources(name: str, compiled: dict[str, Resources]) -> None:
+    found = compiled[name]
+    assert found.spilled_bytes <= CASES[name].spills, found
+    assert found.shared_bytes <= DEVICES["H200"].shared_memory, found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hoppers_units(name: str, compiled: dict[str, Resources]) -> None:
+    """Products are asynchronous, and Q, K and V come by TMA."""
+    found = compiled[name]
+    products = "QGMMA" if CASES[name].dtype == E4M3 else "HGMMA"
+    assert found.products.keys() == {products}, found
+    boxes = {load for load in found.loads if load.startswith("UTMALDG")}
+    assert boxes == {"UTMALDG.3D", "UTMALDG.4D"}, found
