@@ -93,8 +93,14 @@ LARGE = {
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs two GPUs")
-@pytest.mark.parametrize("num_kv_heads", [8, 1])
-def test_attention_of_an_8b_model(num_kv_heads: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("num_kv_heads", "ranks"),
+    [(8, TWO_RANKS), (1, SHARED_KEYS)],
+    ids=["tensor", "decode context"],
+)
+def test_attention_of_an_8b_model(
+    num_kv_heads: int, ranks: dict[str, int], tmp_path: Path
+) -> None:
     """Eager and with CUDA graphs, after prompts of some thousand tokens."""
     shape = SHAPE | LARGE | {"num_key_value_heads": num_kv_heads}
     model = save(LlamaForCausalLM, LlamaConfig(**shape), tmp_path)
@@ -113,11 +119,7 @@ def test_attention_of_an_8b_model(num_kv_heads: int, tmp_path: Path) -> None:
     layers = LARGE["num_hidden_layers"]
     with engine(str(tmp_path), layers, **sizes) as llm:
         expected = generate(llm, prompts, 32)
-    parallel = [TWO_RANKS]
-    if num_kv_heads == 1:
-        parallel.append(SHARED_KEYS)
-    for ranks in parallel:
-        for enforce_eager in (True, False):
-            options = sizes | ranks | {"enforce_eager": enforce_eager}
-            with engine(str(tmp_path), layers, **options) as llm:
-                assert generate(llm, prompts, 32) == expected, options
+    for enforce_eager in (True, False):
+        options = sizes | ranks | {"enforce_eager": enforce_eager}
+        with engine(str(tmp_path), layers, **options) as llm:
+            assert generate(llm, prompts, 32) == expected, options
