@@ -33,10 +33,11 @@ class Case(NamedTuple):
     block_size: int = 128
     dtype: torch.dtype = BF16
     has_sinks: bool = False
+    has_lse: bool = False
     options: dict = {}
 
 
-# Every config, the head sizes that are not all of a tile, and every specialisation.
+# Every config, a head size that is not all of a tile, and every option.
 CASES = {
     "64": Case(64),
     "80": Case(80, spills=8),
@@ -47,6 +48,7 @@ CASES = {
     "128_window": Case(128, spills=72, options={"sliding_window": 1000}),
     "128_softcap": Case(128, options={"softcap": 30.0}),
     "128_large_softcap": Case(128, spills=8, options={"softcap": 80.0}),
+    "128_lse_not_causal": Case(128, has_lse=True, options={"causal": False}),
     "64_sinks": Case(64, has_sinks=True, options={"sliding_window": 128}),
     "fp8_64": Case(64, spills=24, dtype=E4M3),
     "fp8_128": Case(128, spills=120, dtype=E4M3),
@@ -85,17 +87,18 @@ def compile_case(case: Case) -> Resources:
         for t in (query, caches[0], output, block_table)
     )
     module = hopper_fp8 if is_fp8 else hopper
-    options = {"sliding_window": None, "softcap": 0.0} | case.options
+    options = hopper.HopperOptions(1, 0.1, True, None, 0.0)._replace(**case.options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "num_programs", lambda device: 132)
-        planned = module.plan_launch(*specs, pack=1, scale=0.1, causal=True, **options)
+        patch.setattr(hopper, "num_programs", lambda device: 132)
+        planned = module.plan_launch(*specs, options)
     descriptors = (
         hopper.describe_tensor(query, planned.query_box),
         *(hopper.describe_pages(cache, planned.page_box) for cache in caches),
     )
     launch = planned.launch
-    arguments = (len(work), *descriptors, output, None, sinks, work, block_table)
-    arguments += (*scales, *launch.arguments)
+    lse = tensor(3000, heads, dtype=torch.float32) if case.has_lse else None
+    tensors = (*descriptors, output, lse, sinks, work, block_table, *scales)
+    arguments = (len(work), *tensors, *launch.arguments)
     compiled = compile_for(
         TARGETS["sm90"], launch.kernel, *arguments, **launch.constants
     )

@@ -11,14 +11,7 @@ import torch
 from vllm.triton_utils import triton
 
 from .checks import TensorSpec
-from .hopper_prefill import (
-    CONSUMER_ROWS,
-    HopperLaunch,
-    TileConfig,
-    launch_terms,
-    num_programs,
-)
-from .launch import Launch
+from .hopper_prefill import HopperLaunch, HopperOptions, TileConfig, plan_kernel
 
 HEAD_SIZES = range(48, 257, 16)  # 16: TMA's strides; smaller ones waste half the tile
 FP8 = torch.float8_e4m3fn
@@ -61,12 +54,7 @@ def plan_launch(
     key_cache: TensorSpec,
     output: TensorSpec,
     block_table: TensorSpec,
-    *,
-    pack: int,
-    scale: float,
-    causal: bool,
-    sliding_window: int | None,
-    softcap: float,
+    options: HopperOptions,
 ) -> HopperLaunch:
     """Plans the attention of the queries on a work list to their sequences' paged keys.
 
@@ -82,21 +70,10 @@ def plan_launch(
     """
     from .hopper_fp8_prefill_kernel import hopper_fp8_prefill_kernel
 
-    block_size, head_size = key_cache.shape[1], key_cache.shape[3]
-    padded = max(64, triton.next_power_of_2(head_size))
-    config = CONFIGS[padded]
-    arguments, constants = launch_terms(
-        *(query, key_cache, output, block_table, config),
-        pack=pack,
-        scale=scale,
-        causal=causal,
-        sliding_window=sliding_window,
-        softcap=softcap,
+    padded = max(64, triton.next_power_of_2(key_cache.shape[3]))
+    return plan_kernel(
+        hopper_fp8_prefill_kernel,
+        *(query, key_cache, output, block_table, CONFIGS[padded], options),
+        min(padded, PANEL),
+        num_warps=4,
     )
-    constants["num_warps"] = 4
-    programs = (num_programs(query.device),)
-    launch = Launch(hopper_fp8_prefill_kernel, programs, arguments, constants)
-    panel = min(padded, PANEL)
-    page_box = (1, min(block_size & -block_size, config.block_n), 1, panel)
-    query_box = (CONSUMER_ROWS // pack, pack, panel)
-    return HopperLaunch(launch, query_box, page_box, queries={})

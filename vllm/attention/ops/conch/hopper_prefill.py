@@ -222,6 +222,16 @@ def check_sinks(sinks: torch.Tensor, query: torch.Tensor) -> None:
         )
 
 
+class HopperOptions(NamedTuple):
+    """Of an attention, as for `hopper_prefill`."""
+
+    pack: int
+    scale: float
+    causal: bool
+    sliding_window: int | None
+    softcap: float
+
+
 class HopperLaunch(NamedTuple):
     """A launch, and the boxes in which it reads queries and pages through TMA.
 
@@ -234,54 +244,69 @@ class HopperLaunch(NamedTuple):
     queries: dict[tuple[int, int], Described]  # by address and elements
 
 
-def launch_terms(
+def plan_kernel(
+    kernel,
     query: TensorSpec,
     key_cache: TensorSpec,
     output: TensorSpec,
     block_table: TensorSpec,
     config: TileConfig,
-    *,
-    pack: int,
-    scale: float,
-    causal: bool,
-    sliding_window: int | None,
-    softcap: float,
-) -> tuple[tuple, dict[str, object]]:
-    """Arguments after the tensors, and constants, that both Hopper kernels have.
+    options: HopperOptions,
+    panel: int,
+    **own: object,
+) -> HopperLaunch:
+    """Plans the launch of either Hopper kernel.
 
-    Arguments as for `hopper_prefill`.
+    Args:
+        kernel: `hopper_prefill_kernel` or `hopper_fp8_prefill_kernel`.
+        query: as for `hopper_prefill`.
+        key_cache: likewise.
+        output: likewise.
+        block_table: likewise.
+        config: the kernel's.
+        options: of the attention.
+        panel: elements of a head that a box holds.
+        own: constants that only this kernel has, and num_warps.
     """
     _, block_size, num_kv_heads, head_size = key_cache.shape
     num_query_heads = query.shape[1]
     group = num_query_heads // num_kv_heads
+    pack, scale, causal, sliding_window, softcap = options
     row_block = config.row_block
     if row_block is None:
         row_block = rows_by_head(group, pack, sliding_window is not None)
     key_bytes = 2 * key_cache.dtype.itemsize * head_size * num_kv_heads  # K and V
-    arguments = (
-        *output.strides[:2],
-        LONG_SEQUENCE_BYTES // key_bytes,
-        block_table.strides[0],
-        (softcap or scale) * LOG2E,
-        scale / softcap if softcap else 0.0,
-        sliding_window or 0,
+    launch = Launch(
+        kernel,
+        (num_programs(query.device),),
+        (
+            *output.strides[:2],
+            LONG_SEQUENCE_BYTES // key_bytes,
+            block_table.strides[0],
+            (softcap or scale) * LOG2E,
+            scale / softcap if softcap else 0.0,
+            sliding_window or 0,
+        ),
+        dict(
+            HEAD_SIZE=head_size,
+            BLOCK_N=config.block_n,
+            PAGE=block_size,
+            GROUP=group,
+            PACK=pack,
+            HEAD_TILES=num_query_heads // pack,
+            CONSUMERS=config.consumers,
+            STAGES=config.stages,
+            CAUSAL=causal,
+            WINDOWED=sliding_window is not None,
+            WIDE_WINDOW=(sliding_window or 0) >= CONSUMER_ROWS + config.block_n,
+            SOFTCAP=config.softcap if softcap else None,
+            ROW_BLOCK=row_block,
+            **own,
+        ),
     )
-    constants: dict[str, object] = dict(
-        HEAD_SIZE=head_size,
-        BLOCK_N=config.block_n,
-        PAGE=block_size,
-        GROUP=group,
-        PACK=pack,
-        HEAD_TILES=num_query_heads // pack,
-        CONSUMERS=config.consumers,
-        STAGES=config.stages,
-        CAUSAL=causal,
-        WINDOWED=sliding_window is not None,
-        WIDE_WINDOW=(sliding_window or 0) >= CONSUMER_ROWS + config.block_n,
-        SOFTCAP=config.softcap if softcap else None,
-        ROW_BLOCK=row_block,
-    )
-    return arguments, constants
+    page_box = (1, min(block_size & -block_size, config.block_n), 1, panel)
+    query_box = (CONSUMER_ROWS // pack, pack, panel)
+    return HopperLaunch(launch, query_box, page_box, queries={})
 
 
 def plan_launch(
@@ -289,30 +314,18 @@ def plan_launch(
     key_cache: TensorSpec,
     output: TensorSpec,
     block_table: TensorSpec,
-    *,
-    pack: int,
-    scale: float,
-    causal: bool,
-    sliding_window: int | None,
-    softcap: float,
+    options: HopperOptions,
     config: HopperConfig | None = None,
 ) -> HopperLaunch:
     """Plans what `hopper_prefill` launches, with the tensors output, output_lse, sinks,
     work and block_table. Arguments as there."""
     from .hopper_prefill_kernel import hopper_prefill_kernel
 
-    block_size, head_size = key_cache.shape[1], key_cache.shape[3]
-    config = config or CONFIGS[max(64, triton.next_power_of_2(head_size))]
-    bounded = 0 < softcap <= MAX_BOUND and query.dtype == torch.bfloat16
-    arguments, constants = launch_terms(
-        *(query, key_cache, output, block_table, config),
-        pack=pack,
-        scale=scale,
-        causal=causal,
-        sliding_window=sliding_window,
-        softcap=softcap,
-    )
-    constants |= dict(
+    config = config or CONFIGS[max(64, triton.next_power_of_2(key_cache.shape[3]))]
+    bounded = 0 < options.softcap <= MAX_BOUND and query.dtype == torch.bfloat16
+    return plan_kernel(
+        hopper_prefill_kernel,
+        *(query, key_cache, output, block_table, config, options, PANEL),
         WARPGROUPS=config.warpgroups,
         BOUNDED=bounded,
         NARROW_P=config.narrow_p or bounded,
@@ -320,11 +333,6 @@ def plan_launch(
         Q_STAGES=config.q_stages,
         num_warps=4 * config.warpgroups,
     )
-    programs = (num_programs(query.device),)
-    launch = Launch(hopper_prefill_kernel, programs, arguments, constants)
-    page_box = (1, min(block_size & -block_size, config.block_n), 1, PANEL)
-    query_box = (CONSUMER_ROWS // pack, pack, PANEL)
-    return HopperLaunch(launch, query_box, page_box, queries={})
 
 
 def hopper_prefill(
@@ -379,16 +387,10 @@ def hopper_prefill(
         check_alignment(name, tensor)
     if sinks is not None:
         check_sinks(sinks, query)
-    specs = (TensorSpec(*signature(t)) for t in (query, key_cache, output, block_table))
-    hopper = plan_launch(
-        *specs,
-        pack=pack,
-        scale=scale,
-        causal=causal,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        config=config,
-    )
+    tensors = (query, key_cache, output, block_table)
+    q, k, o, pages = (TensorSpec(*signature(tensor)) for tensor in tensors)
+    options = HopperOptions(pack, scale, causal, sliding_window, softcap)
+    hopper = plan_launch(q, k, o, pages, options, config)
     hopper.launch(
         output,
         output_lse,

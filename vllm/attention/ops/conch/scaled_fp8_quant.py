@@ -253,9 +253,9 @@ def num_warps(elements: int) -> int:
 def row_warps(elements: int) -> int:
     """Warps for rows in registers: few, so that a multiprocessor has many rows.
 
-    On an H200 16384 x 8192 in bf16 take 102.1 us with 4 warps, 109.4 with 16; 16384 x
-    4096 take 55.0, with 8 56.9. Longer rows: 4096 x 14336 take 53.8 with 16 and 56.4
-    with 8. Loads of the slower ones were evicted first, which makes no difference.
+    On an H200 16384 x 8192 in bf16 take 102.1 us with 4 warps, 109.5 with 16; 16384 x
+    4096 take 55.0, with 8 57.9. Longer rows have 16, of which with loads that are
+    evicted first 4096 x 14336 took 53.8, with 8 and without that 56.4.
     """
     most = 4 if elements <= FEW_WARPS_ELEMENTS else 16
     return min(most, num_warps(elements))

@@ -23,7 +23,7 @@ from .arguments import (
 from .checks import TensorSpec, free_strides
 from .decode import decode_kernel
 from .fp8 import FP8_DTYPES, storage_view, triton_fp8
-from .hopper_prefill import HopperLaunch
+from .hopper_prefill import HopperLaunch, HopperOptions
 from .launch import Described, Launch, describe_pages
 from .plan import AttentionPlan, Config, Shape
 from .prefill import prefill_kernel
@@ -267,11 +267,13 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         module = hopper_fp8_prefill if plan.hopper == "fp8" else hopper_prefill
         hopper = module.plan_launch(
             *(specs[n] for n in ("query", "key_cache", "output", "block_table")),
-            pack=plan.prefill_pack,
-            scale=options.scale,
-            causal=options.causal,
-            sliding_window=sight.sliding_window,
-            softcap=options.softcap,
+            HopperOptions(
+                plan.prefill_pack,
+                options.scale,
+                options.causal,
+                sight.sliding_window,
+                options.softcap,
+            ),
         )
     return Launches(decode, plan_prefill(plan.prefill), boxes, hopper)
 
