@@ -109,7 +109,11 @@ def check_markdown(path: str, text: str) -> Iterator[str]:
         file = Path(path).parent / unquote(target) if target else Path(path)
         if not file.exists():
             yield f"{path}:{line}: {target}: no such file"
-        elif anchor and anchor not in anchors(file.read_text(encoding="utf-8")):
+        elif (
+            anchor
+            and file.suffix == ".md"
+            and anchor not in anchors(file.read_text(encoding="utf-8"))
+        ):
             yield f"{path}:{line}: {target}#{anchor}: no such heading"
 
 
