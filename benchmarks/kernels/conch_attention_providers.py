@@ -231,11 +231,14 @@ class Conch(Provider):
             token_scales=inputs.has_token_scales,
             portable=self.portable,
         )
+        query_lens = [query_len for query_len, _ in case.lengths]
         schedule.update(
             inputs.query_start_loc,
             inputs.seq_lens,
             max_query_len=case.max_query_len,
             num_tokens=case.num_tokens,
+            min_query_len=min(query_lens),
+            num_prefills=sum(n > schedule.longest_decode for n in query_lens),
         )
         return schedule
 

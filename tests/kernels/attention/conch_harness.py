@@ -336,8 +336,8 @@ def with_tiles(
     """
     chosen = schedule.plan_for
 
-    def plan_for(max_query_len: int):
-        plan = chosen(max_query_len)
+    def plan_for(max_query_len: int, split: bool = False):
+        plan = chosen(max_query_len, split)
         prefill = dataclasses.replace(plan.prefill, tile=tile, masked_tile=masked_tile)
         return dataclasses.replace(
             plan,

@@ -37,6 +37,7 @@ class Case(NamedTuple):
     options: dict = {}
 
 
+SPLIT = {"pack": GROUP, "split": True}
 # Every config, a head size that is not all of a tile, and every option.
 CASES = {
     "64": Case(64),
@@ -59,6 +60,14 @@ CASES = {
         dtype=E4M3,
         options={"sliding_window": 1000, "softcap": 30.0},
     ),
+    # Of few tiles, which have the heads of a group in them.
+    "64_split": Case(64, options=SPLIT),
+    "128_split": Case(128, spills=8, has_lse=True, options=SPLIT),
+    "128_split_sinks": Case(128, spills=8, has_sinks=True, options=SPLIT),
+    "256_split": Case(256, options=SPLIT),
+    "512_split": Case(512, spills=8, options=SPLIT),
+    "fp8_128_split": Case(128, spills=136, dtype=E4M3, options=SPLIT),
+    "fp8_256_split": Case(256, spills=128, dtype=E4M3, options=SPLIT),
 }
 
 
@@ -97,7 +106,10 @@ def compile_case(case: Case) -> Resources:
     )
     launch = planned.launch
     lse = tensor(3000, heads, dtype=torch.float32) if case.has_lse else None
-    tensors = (*descriptors, output, lse, sinks, work, block_table, *scales)
+    states: list[torch.Tensor | None] = [None] * 3
+    if options.split:
+        states = [tensor(1, dtype=torch.float32)] * 3
+    tensors = (*descriptors, output, lse, sinks, work, block_table, *states, *scales)
     arguments = (len(work), *tensors, *launch.arguments)
     compiled = compile_for(
         TARGETS["sm90"], launch.kernel, *arguments, **launch.constants

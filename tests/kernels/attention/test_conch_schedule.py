@@ -52,8 +52,10 @@ def planned(
     """The schedule with other choices than its plan's."""
     chosen = schedule.plan_for
 
-    def plan_for(max_query_len: int):
-        plan = dataclasses.replace(chosen(max_query_len), abreast_tiles=abreast_tiles)
+    def plan_for(max_query_len: int, split: bool = False):
+        plan = dataclasses.replace(
+            chosen(max_query_len, split), abreast_tiles=abreast_tiles
+        )
         if tile is None:
             return plan
         return dataclasses.replace(
@@ -289,6 +291,7 @@ def test_prefill_items_come_heaviest_first(seed, pack):
     ]
     batch = make_batch(lengths, num_query_heads=2 * pack, num_kv_heads=2)
     schedule = make_schedule(batch, portable=True)
+    schedule.splits = None  # as if they were more than a GPU has multiprocessors
     schedule.items.fill_(12345)
     schedule.update(
         batch.query_start_loc,

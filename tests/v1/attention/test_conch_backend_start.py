@@ -21,6 +21,7 @@ from tests.v1.attention.conch_release import (
 
 from tests.kernels.attention.conch_harness import (  # noqa: F401
     DEVICE,
+    ON_GPU,
     gpu_only,
     poisoned_scratch,
 )
@@ -228,7 +229,8 @@ def test_a_layer_checks_each_kind_of_batch_once(
     checks = Checks(engine, monkeypatch)
     assert checks.of(BATCHES["decode"]) == BOTH
     assert checks.of([(1, 3), (1, 90)], padded_reqs=1) == []
-    assert checks.of(BATCHES["mixed"]) == []
+    # A GPU splits the keys of so few prefills: another kernel.
+    assert checks.of(BATCHES["mixed"]) == (BOTH[1:] if ON_GPU else [])
     assert checks.of([(12, 30), (1, 7)]) == BOTH[1:]  # other tiles
     assert checks.of([(12, 3), (12, 50)]) == []
     assert checks.of(BATCHES["prefill"], causal=False) == BOTH[1:]

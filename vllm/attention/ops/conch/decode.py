@@ -13,6 +13,7 @@ the keys (FlashDecoding, Dao et al. 2023), so results do not depend on timing.
 
 from vllm.triton_utils import tl, triton
 
+from .combine import combine_rows, leave_partial
 from .kv_format import in_elements
 from .limits import first_seen_key, row_limits
 from .tile import (
@@ -66,65 +67,6 @@ def load_sequence(record):
 
 
 @triton.jit
-def combine_rows(
-    partials,  # (accumulators, row maxima, row sums)
-    first_place,
-    num_parts,
-    rows,  # [R] rows of the tile
-    row_valid,
-    BLOCK_M: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
-    PARTS: tl.constexpr,  # partials that are loaded at once
-):
-    """Merges the partials of some rows in the order of their keys."""
-    R: tl.constexpr = rows.shape[0]
-    dims = tl.arange(0, HEAD_PADDED)
-    acc = tl.zeros([R, HEAD_PADDED], tl.float32)
-    row_max = tl.full([R], float("-inf"), tl.float32)
-    row_sum = tl.zeros([R], tl.float32)
-    for start in range(0, num_parts, PARTS):
-        part = start + tl.arange(0, PARTS)
-        # Slot 1 of the piece that starts the row, slot 0 of those that go on.
-        slot = 2 * (first_place + part) + tl.where(part == 0, 1, 0)
-        stat = slot.to(tl.int64)[None, :] * BLOCK_M + rows[:, None]  # [R, PARTS]
-        valid = row_valid[:, None] & (part < num_parts)[None, :]
-        part_acc = tl.load(
-            partials[0] + (stat * HEAD_PADDED)[:, :, None] + dims[None, None, :],
-            mask=valid[:, :, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )  # [R, PARTS, D]
-        part_max = tl.load(
-            partials[1] + stat, mask=valid, other=float("-inf"), cache_modifier=".cg"
-        )
-        part_sum = tl.load(
-            partials[2] + stat, mask=valid, other=0.0, cache_modifier=".cg"
-        )
-        new_max = tl.maximum(row_max, tl.max(part_max, 1))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        decay = tl.exp2(row_max - shift)
-        weight = tl.exp2(part_max - shift[:, None])
-        acc = acc * decay[:, None] + tl.sum(part_acc * weight[:, :, None], 1)
-        row_sum = row_sum * decay + tl.sum(part_sum * weight, 1)
-        row_max = new_max
-    return acc, row_max, row_sum
-
-
-@triton.jit
-def leave_partial(
-    partials, slot, acc, row_max, row_sum, row_valid,
-    BLOCK_M: tl.constexpr, HEAD_PADDED: tl.constexpr,
-):  # fmt: skip
-    """Stores the softmax state of one worker's share of a row."""
-    dims = tl.arange(0, HEAD_PADDED)
-    stat = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    acc_offsets = stat[:, None] * HEAD_PADDED + dims[None, :]
-    tl.store(partials[0] + acc_offsets, acc, mask=row_valid[:, None])
-    tl.store(partials[1] + stat, row_max, mask=row_valid)
-    tl.store(partials[2] + stat, row_sum, mask=row_valid)
-
-
-@triton.jit
 def write_combined(
     target, v_scale, partials, first_place, num_parts,
     query_start, query_len, kv_head, m_block,
@@ -139,8 +81,9 @@ def write_combined(
     num_rows = tl.minimum(query_len * GROUP - m_block * BLOCK_M, BLOCK_M)
     for first_row in range(0, num_rows, COMBINE_ROWS):
         rows = first_row + tl.arange(0, COMBINE_ROWS)
+        # Slot 1 of the piece that starts the row, slot 0 of those that go on.
         acc, row_max, row_sum = combine_rows(
-            partials, first_place, num_parts,
+            partials, (2 * first_place, 1, 2), num_parts,
             rows, rows < num_rows, BLOCK_M, HEAD_PADDED, PARTS,
         )  # fmt: skip
         write_rows(

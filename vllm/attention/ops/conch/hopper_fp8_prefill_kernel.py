@@ -48,9 +48,11 @@ from .hopper_tiles import (
     MASK_UPPER,
     Batch,
     fence_async_shared,
+    is_split,
     load_item,
     make_barriers,
     mbarrier,
+    state_rows,
     tile_range,
     tma,
     unmasked_range,
@@ -130,6 +132,7 @@ class Config:
     UPPER: gl.constexpr
     SOFTCAP: gl.constexpr
     ROW_BLOCK: gl.constexpr
+    SPLIT: gl.constexpr
     BLOCK_M: gl.constexpr
     S_LAYOUT: gl.constexpr
     O_LAYOUT: gl.constexpr
@@ -158,6 +161,7 @@ class Config:
         wide_window,
         softcap,
         row_block,
+        split,
     ):
         padded = max(64, 1 << (head_size - 1).bit_length())
         panel = min(padded, 128)
@@ -185,6 +189,7 @@ class Config:
         )
         self.SOFTCAP = gl.constexpr(softcap)
         self.ROW_BLOCK = gl.constexpr(row_block)
+        self.SPLIT = gl.constexpr(split)
         self.BLOCK_M = gl.constexpr(64 * consumers)
         self.S_LAYOUT = gl.constexpr(wgmma_layout(block_n))
         self.O_LAYOUT = gl.constexpr(wgmma_layout(panel))
@@ -586,17 +591,39 @@ def consume_tile(
 
 
 @gluon.jit
-def join_sinks(cfg, sinks, item, CONSUMER: gl.constexpr, row_max, row_sum):
+def join_sinks(cfg, batch, sinks, item, CONSUMER: gl.constexpr, row_max, row_sum):
     """A row's maximum and sum with its head's sink, and the factor for what was summed
     before. They join last: a large sink costs probabilities none of their bits."""
     if sinks is None:
         return 1.0, row_max, row_sum
     else:
-        sink = first_max(cfg, sinks, item, CONSUMER)
+        sink = first_max(cfg, batch, sinks, item, CONSUMER)
         new_max = gl.maximum(row_max, sink)
         base = gl.where(new_max == float("-inf"), 0.0, new_max)
         weight = gl.exp2(row_max - base)
         return weight, new_max, row_sum * weight + gl.exp2(sink - base + P_SHIFT)
+
+
+@gluon.jit
+def in_order(cfg, panel):
+    """A panel [64, PANEL] of the accumulator with its columns in order."""
+    panel = panel.reshape([CONSUMER_ROWS, cfg.PANEL // 16, 2, 8])
+    panel = panel.permute((0, 1, 3, 2)).reshape([CONSUMER_ROWS, cfg.PANEL])
+    return gl.convert_layout(panel, cfg.STORE_LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def leave_state(cfg, states, item, FIRST_ROW: gl.constexpr, acc, row_max, row_sum):
+    """As that of the kernel for 16 bits.  acc: as for `store_rows`"""
+    place = state_rows(cfg, item, FIRST_ROW, gl.SliceLayout(1, cfg.S_LAYOUT))
+    gl.store(states[1] + place, row_max - P_SHIFT)
+    gl.store(states[2] + place, row_sum)
+    place = state_rows(cfg, item, FIRST_ROW, gl.SliceLayout(1, cfg.STORE_LAYOUT))
+    columns = gl.arange(0, cfg.PANEL, gl.SliceLayout(0, cfg.STORE_LAYOUT))
+    offsets = gl.expand_dims(place * cfg.PADDED, 1) + gl.expand_dims(columns, 0)
+    for panel in gl.static_range(cfg.PANELS):
+        pointers = states[0] + offsets + panel * cfg.PANEL
+        gl.store(pointers, in_order(cfg, acc[panel]))
 
 
 @gluon.jit
@@ -607,9 +634,7 @@ def store_rows(cfg, batch, item, FIRST_ROW: gl.constexpr, acc, factor):
     factor = gl.convert_layout(factor, gl.SliceLayout(1, cfg.O_LAYOUT))
     for panel in gl.static_range(cfg.PANELS):
         out = (acc[panel] * gl.expand_dims(factor, 1)).to(batch.output.dtype.element_ty)
-        out = out.reshape([CONSUMER_ROWS, cfg.PANEL // 16, 2, 8]).permute((0, 1, 3, 2))
-        out = out.reshape([CONSUMER_ROWS, cfg.PANEL])
-        out = gl.convert_layout(out, LAYOUT, assert_trivial=True)
+        out = in_order(cfg, out)
         rows = item.tile * cfg.BLOCK_M + FIRST_ROW
         rows += gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, LAYOUT))
         columns = gl.arange(0, cfg.PANEL, gl.SliceLayout(0, LAYOUT))
@@ -644,8 +669,8 @@ def store_lse(cfg, batch, lse, item, FIRST_ROW: gl.constexpr, row_max, row_sum):
 
 @gluon.jit
 def attend(
-    cfg, batch, rings, lse, sinks, v_scale, CONSUMER: gl.constexpr, item, begin, end,
-    count, turn,
+    cfg, batch, rings, lse, sinks, states, v_scale, CONSUMER: gl.constexpr, item, begin,
+    end, count, turn,
 ):  # fmt: skip
     """A consumer's rows of an item. Returns its next item, and the count of key tiles
     used so far."""
@@ -675,11 +700,19 @@ def attend(
     mbarrier.arrive(rings.q_free.index(CONSUMER))
     next_item = load_item(cfg, batch, turn)
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, cfg.S_LAYOUT))
-    weight, row_max, row_sum = join_sinks(cfg, sinks, item, CONSUMER, row_max, row_sum)
-    factor = gl.where(row_sum > 0.0, weight * v_scale / row_sum, 0.0)
-    store_rows(cfg, batch, item, FIRST_ROW, acc, factor)
-    if lse is not None:
-        store_lse(cfg, batch, lse, item, FIRST_ROW, row_max, row_sum)
+    weight, row_max, row_sum = join_sinks(
+        cfg, batch, sinks, item, CONSUMER, row_max, row_sum
+    )
+    is_whole = True
+    if cfg.SPLIT:
+        is_whole = not is_split(cfg, batch, item)
+        if not is_whole:
+            leave_state(cfg, states, item, FIRST_ROW, acc, row_max, row_sum)
+    if is_whole:
+        factor = gl.where(row_sum > 0.0, weight * v_scale / row_sum, 0.0)
+        store_rows(cfg, batch, item, FIRST_ROW, acc, factor)
+        if lse is not None:
+            store_lse(cfg, batch, lse, item, FIRST_ROW, row_max, row_sum)
     return next_item, count + 1
 
 
@@ -699,7 +732,7 @@ def pass_over(cfg, rings, count, tiles):
 
 
 @gluon.jit
-def consumer(cfg, batch, rings, lse, sinks, v_scale, CONSUMER: gl.constexpr):
+def consumer(cfg, batch, rings, lse, sinks, states, v_scale, CONSUMER: gl.constexpr):
     FIRST_ROW: gl.constexpr = CONSUMER * CONSUMER_ROWS
     turn = 0
     count = 0  # key tiles used so far
@@ -711,8 +744,8 @@ def consumer(cfg, batch, rings, lse, sinks, v_scale, CONSUMER: gl.constexpr):
         turn += 1
         if first_token < item.query_len:
             item, count = attend(
-                cfg, batch, rings, lse, sinks, v_scale, CONSUMER, item, begin, end,
-                count, turn,
+                cfg, batch, rings, lse, sinks, states, v_scale, CONSUMER, item, begin,
+                end, count, turn,
             )  # fmt: skip
         else:
             mbarrier.arrive(rings.q_free.index(CONSUMER))
@@ -751,6 +784,9 @@ def hopper_fp8_prefill_kernel(
     sinks,
     work,
     block_table,
+    acc_states,  # as in `combine_kernel`, if SPLIT
+    max_states,
+    sum_states,
     q_scale,
     k_scale,
     v_scale,
@@ -774,12 +810,13 @@ def hopper_fp8_prefill_kernel(
     WIDE_WINDOW: gl.constexpr,
     SOFTCAP: gl.constexpr,
     ROW_BLOCK: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):
     # In slots that are one page's; where pages overlap, each is a page's first.
     BOX: gl.constexpr = k_desc.block_shape[0] * k_desc.block_shape[1]
     cfg = Config(
         HEAD_SIZE, BLOCK_N, PAGE, BOX, GROUP, PACK, HEAD_TILES, CONSUMERS, STAGES,
-        CAUSAL, WINDOWED, WIDE_WINDOW, SOFTCAP, ROW_BLOCK,
+        CAUSAL, WINDOWED, WIDE_WINDOW, SOFTCAP, ROW_BLOCK, SPLIT,
     )  # fmt: skip
     score_scale = load_scale(q_scale) * load_scale(k_scale)
     if SOFTCAP is None:
@@ -791,12 +828,13 @@ def hopper_fp8_prefill_kernel(
         output, output_token_stride, output_head_stride, work, max_items, long_seq,
         block_table, block_table_stride, scale_log2, cap_scale, window,
     )  # fmt: skip
+    states = (acc_states, max_states, sum_states)
     rings = make_rings(cfg, k_desc.dtype)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consumer, (cfg, batch, rings, lse, sinks, out_scale, 0)),
-                (consumer, (cfg, batch, rings, lse, sinks, out_scale, 1)),
+                (consumer, (cfg, batch, rings, lse, sinks, states, out_scale, 0)),
+                (consumer, (cfg, batch, rings, lse, sinks, states, out_scale, 1)),
                 (transposer, (cfg, batch, rings)),
                 (producer, (cfg, batch, rings, q_desc, k_desc, v_desc)),
             ],
@@ -806,9 +844,9 @@ def hopper_fp8_prefill_kernel(
     else:
         gl.warp_specialize(
             [
-                (consumer, (cfg, batch, rings, lse, sinks, out_scale, 0)),
-                (consumer, (cfg, batch, rings, lse, sinks, out_scale, 1)),
-                (consumer, (cfg, batch, rings, lse, sinks, out_scale, 2)),
+                (consumer, (cfg, batch, rings, lse, sinks, states, out_scale, 0)),
+                (consumer, (cfg, batch, rings, lse, sinks, states, out_scale, 1)),
+                (consumer, (cfg, batch, rings, lse, sinks, states, out_scale, 2)),
                 (transposer, (cfg, batch, rings)),
                 (producer, (cfg, batch, rings, q_desc, k_desc, v_desc)),
             ],

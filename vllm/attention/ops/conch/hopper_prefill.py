@@ -113,20 +113,21 @@ def supports(
     )
 
 
-def packed_heads(group: int) -> int:
+def packed_heads(group: int, is_short: bool = False) -> int:
     """Query heads of one KV head that share a query tile, for a model with `group` of
-    them: 1. Packing (up to 16 heads, a power of two that divides the group) fills
-    tiles of short queries, but tiles of one head have been faster wherever queries
-    are longer than a tile: 472 against 429 TFLOP/s at 16 x 1k tokens, 330 against 308
+    them: 1, or for few and short queries up to 16, a power of two that divides the
+    group, to fill tiles. Tiles of one head have been faster wherever queries are longer
+    than a tile: 472 against 429 TFLOP/s at 16 x 1k tokens, 330 against 308
     at 1k, 683 against 667 at 4 x 512 tokens over 16k keys. Only one ragged batch, 577
     against 572, was not."""
-    return 1
+    return min(group & -group, 16) if is_short else 1
 
 
-def rows_by_head(group: int, pack: int, windowed: bool) -> int:
+def rows_by_head(group: int, pack: int, is_local: bool) -> int:
     """Rows of the work list that go head by head where K and V outgrow L2: as many as
-    let 128 programs share a KV head, or two. A window's keys never outgrow L2: 1."""
-    return 1 if windowed else max(1, min(64, 128 * pack // group))
+    let 128 programs share a KV head, or two. A window's keys never outgrow L2, and few
+    tiles run all at once: 1."""
+    return 1 if is_local else max(1, min(64, 128 * pack // group))
 
 
 @lru_cache(maxsize=4096)
@@ -230,6 +231,7 @@ class HopperOptions(NamedTuple):
     causal: bool
     sliding_window: int | None
     softcap: float
+    split: bool = False  # keys of an item may be split
 
 
 class HopperLaunch(NamedTuple):
@@ -271,10 +273,11 @@ def plan_kernel(
     _, block_size, num_kv_heads, head_size = key_cache.shape
     num_query_heads = query.shape[1]
     group = num_query_heads // num_kv_heads
-    pack, scale, causal, sliding_window, softcap = options
+    pack, scale, causal, sliding_window, softcap, split = options
     row_block = config.row_block
     if row_block is None:
-        row_block = rows_by_head(group, pack, sliding_window is not None)
+        is_local = split or sliding_window is not None
+        row_block = rows_by_head(group, pack, is_local)
     key_bytes = 2 * key_cache.dtype.itemsize * head_size * num_kv_heads  # K and V
     launch = Launch(
         kernel,
@@ -301,6 +304,7 @@ def plan_kernel(
             WIDE_WINDOW=(sliding_window or 0) >= CONSUMER_ROWS + config.block_n,
             SOFTCAP=config.softcap if softcap else None,
             ROW_BLOCK=row_block,
+            SPLIT=split,
             **own,
         ),
     )
@@ -397,6 +401,7 @@ def hopper_prefill(
         sinks,
         work,
         block_table,
+        *(None, None, None),
         varying=(work.shape[0],),
         described=Described(
             describe_tensor(query, hopper.query_box),

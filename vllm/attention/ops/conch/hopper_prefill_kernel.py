@@ -28,11 +28,13 @@ from .hopper_tiles import (
     Batch,
     Config,
     fence_async_shared,
+    is_split,
     load_item,
     make_rings,
     mbarrier,
     ring_phase,
     ring_slot,
+    state_rows,
     tile_range,
     tma,
     unmasked_range,
@@ -394,7 +396,7 @@ def consume_tile(
 
 
 @gluon.jit
-def first_max(cfg, sinks, item, CONSUMER: gl.constexpr):
+def first_max(cfg, batch, sinks, item, CONSUMER: gl.constexpr):
     """Running maximum before the first tile: the sinks of the rows' heads, in powers
     of two, or -inf.  Returns [64]"""
     LAYOUT: gl.constexpr = gl.SliceLayout(1, cfg.S_LAYOUT)
@@ -404,7 +406,10 @@ def first_max(cfg, sinks, item, CONSUMER: gl.constexpr):
         rows = item.tile * cfg.BLOCK_M + CONSUMER * CONSUMER_ROWS
         rows += gl.arange(0, CONSUMER_ROWS, LAYOUT)
         heads = item.head_tile * cfg.PACK + rows % cfg.PACK
-        return gl.load(sinks + heads).to(gl.float32) * LOG2E
+        sink = gl.load(sinks + heads).to(gl.float32) * LOG2E
+        if cfg.SPLIT:  # counts when parts are combined
+            sink = gl.where(is_split(cfg, batch, item), float("-inf"), sink)
+        return sink
 
 
 @gluon.jit
@@ -421,7 +426,7 @@ def first_tile(
     mbarrier.arrive(rings.k_free.index(slot))
     s = cap_scores(cfg, batch, s)
     s = mask_scores(cfg, batch, item, s, CONSUMER * CONSUMER_ROWS, tile, cfg.UPPER)
-    start = first_max(cfg, sinks, item, CONSUMER)
+    start = first_max(cfg, batch, sinks, item, CONSUMER)
     row_max = running_max(cfg, s, start, batch.scale_log2)
     p, decay = probabilities(cfg, s, start, row_max, batch.scale_log2, True)
     keys = item.seq_len - tile * cfg.BLOCK_N
@@ -472,9 +477,26 @@ def store_lse(cfg, batch, lse, item, CONSUMER: gl.constexpr, row_max, row_sum):
 
 
 @gluon.jit
+def leave_state(cfg, states, item, CONSUMER: gl.constexpr, acc, row_max, row_sum):
+    """Store the softmax state of a part of an item's keys, as `combine` reads it.
+
+    acc: [64, PADDED], row_max: [64], row_sum: [64].
+    """
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, cfg.S_LAYOUT)
+    FIRST_ROW: gl.constexpr = CONSUMER * CONSUMER_ROWS
+    place = state_rows(cfg, item, FIRST_ROW, LAYOUT)
+    gl.store(states[1] + place, row_max)
+    gl.store(states[2] + place, row_sum)
+    place = state_rows(cfg, item, FIRST_ROW, gl.SliceLayout(1, cfg.O_LAYOUT))
+    columns = gl.arange(0, cfg.PADDED, gl.SliceLayout(0, cfg.O_LAYOUT))
+    offsets = gl.expand_dims(place * cfg.PADDED, 1) + gl.expand_dims(columns, 0)
+    gl.store(states[0] + offsets, acc)
+
+
+@gluon.jit
 def attend(
-    cfg, batch, rings, lse, sinks, CONSUMER: gl.constexpr, q_slot, item, begin, end,
-    count, turn,
+    cfg, batch, rings, lse, sinks, states, CONSUMER: gl.constexpr, q_slot, item, begin,
+    end, count, turn,
 ):  # fmt: skip
     """A consumer's rows of an item. Returns its next item, and the count of key tiles
     used so far."""
@@ -511,9 +533,15 @@ def attend(
     acc = warpgroup_mma(operand, rings.v.index(slot), acc)
     mbarrier.arrive(rings.v_free.index(slot))
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, cfg.S_LAYOUT))
-    store_rows(cfg, batch, item, CONSUMER, acc, row_sum)
-    if lse is not None:
-        store_lse(cfg, batch, lse, item, CONSUMER, row_max, row_sum)
+    is_whole = True
+    if cfg.SPLIT:
+        is_whole = not is_split(cfg, batch, item)
+        if not is_whole:
+            leave_state(cfg, states, item, CONSUMER, acc, row_max, row_sum)
+    if is_whole:
+        store_rows(cfg, batch, item, CONSUMER, acc, row_sum)
+        if lse is not None:
+            store_lse(cfg, batch, lse, item, CONSUMER, row_max, row_sum)
     return next_item, count + 1
 
 
@@ -536,7 +564,7 @@ def pass_over(cfg, rings, CONSUMER: gl.constexpr, count, turn, tiles):
 
 
 @gluon.jit
-def consumer(cfg, batch, rings, lse, sinks, CONSUMER: gl.constexpr):
+def consumer(cfg, batch, rings, lse, sinks, states, CONSUMER: gl.constexpr):
     FIRST_ROW: gl.constexpr = CONSUMER * CONSUMER_ROWS
     turn = 0
     count = gl.to_tensor(0).to(gl.uint32)  # key tiles used so far
@@ -549,8 +577,8 @@ def consumer(cfg, batch, rings, lse, sinks, CONSUMER: gl.constexpr):
         turn += 1
         if first_token < item.query_len:
             item, count = attend(
-                cfg, batch, rings, lse, sinks, CONSUMER, q_slot, item, begin, end,
-                count, turn,
+                cfg, batch, rings, lse, sinks, states, CONSUMER, q_slot, item, begin,
+                end, count, turn,
             )  # fmt: skip
         else:
             mbarrier.arrive(rings.q_free.index(q_slot))
@@ -580,6 +608,9 @@ def hopper_prefill_kernel(
     sinks,
     work,
     block_table,
+    acc_states,  # as in `combine_kernel`, if SPLIT
+    max_states,
+    sum_states,
     output_token_stride,
     output_head_stride,
     long_seq,
@@ -605,6 +636,7 @@ def hopper_prefill_kernel(
     TURNS: gl.constexpr,
     ROW_BLOCK: gl.constexpr,
     Q_STAGES: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):
     # In slots that are one page's; where pages overlap, each is a page's first.
     BOX: gl.constexpr = k_desc.block_shape[0] * k_desc.block_shape[1]
@@ -612,19 +644,20 @@ def hopper_prefill_kernel(
     cfg = Config(
         HEAD_SIZE, BLOCK_N, PAGE, BOX, GROUP, PACK, HEAD_TILES, CONSUMERS, WARPGROUPS,
         STAGES, CAUSAL, WINDOWED, WIDE_WINDOW, SOFTCAP, IS_BOUNDED, NARROW_P, TURNS,
-        ROW_BLOCK, Q_STAGES,
+        ROW_BLOCK, Q_STAGES, SPLIT,
     )  # fmt: skip
     batch = Batch(
         output, output_token_stride, output_head_stride, work, max_items, long_seq,
         block_table, block_table_stride, scale_log2, cap_scale, window,
     )  # fmt: skip
+    states = (acc_states, max_states, sum_states)
     rings = make_rings(cfg, k_desc.dtype)
     # Three warpgroups share 504 registers a thread lane, four 512.
     CONSUMER_REGISTERS: gl.constexpr = 232 if cfg.PADDED == 64 else 240
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (consumer, (cfg, batch, rings, lse, sinks, 0)),
+                (consumer, (cfg, batch, rings, lse, sinks, states, 0)),
                 (producer, (cfg, batch, rings, q_desc, k_desc, v_desc)),
             ],
             [1],
@@ -633,8 +666,8 @@ def hopper_prefill_kernel(
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consumer, (cfg, batch, rings, lse, sinks, 0)),
-                (consumer, (cfg, batch, rings, lse, sinks, 1)),
+                (consumer, (cfg, batch, rings, lse, sinks, states, 0)),
+                (consumer, (cfg, batch, rings, lse, sinks, states, 1)),
                 (producer, (cfg, batch, rings, q_desc, k_desc, v_desc)),
             ],
             [4, 1],
@@ -643,9 +676,9 @@ def hopper_prefill_kernel(
     else:
         gl.warp_specialize(
             [
-                (consumer, (cfg, batch, rings, lse, sinks, 0)),
-                (consumer, (cfg, batch, rings, lse, sinks, 1)),
-                (consumer, (cfg, batch, rings, lse, sinks, 2)),
+                (consumer, (cfg, batch, rings, lse, sinks, states, 0)),
+                (consumer, (cfg, batch, rings, lse, sinks, states, 1)),
+                (consumer, (cfg, batch, rings, lse, sinks, states, 2)),
                 (producer, (cfg, batch, rings, q_desc, k_desc, v_desc)),
             ],
             [4, 4, 1],

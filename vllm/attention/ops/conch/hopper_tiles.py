@@ -19,7 +19,8 @@ CONSUMER_ROWS = gl.constexpr(64)
 # Columns of a shared-memory panel: 128 bytes, the widest swizzle.
 PANEL = gl.constexpr(64)
 # int32 fields of a work item: sequence, query tile, first query row, query length,
-# sequence length; the rest is not ours.
+# sequence length; if SPLIT, first key and end of its part of the keys, and the number
+# of parts of the query tile, 0 in parts after the first.
 ITEM_FIELDS = gl.constexpr(8)
 # Which ends of the keys that a row sees may lie in a tile.
 MASK_UPPER = gl.constexpr(1)
@@ -103,6 +104,7 @@ class Config:
     TURNS: gl.constexpr
     ROW_BLOCK: gl.constexpr
     Q_STAGES: gl.constexpr
+    SPLIT: gl.constexpr
     BLOCK_M: gl.constexpr
     S_LAYOUT: gl.constexpr
     O_LAYOUT: gl.constexpr
@@ -132,6 +134,7 @@ class Config:
         turns,
         row_block,
         q_stages,
+        split,
     ):
         padded = padded_head(head_size)
         self.HEAD_SIZE = gl.constexpr(head_size)
@@ -161,6 +164,7 @@ class Config:
         self.TURNS = gl.constexpr(turns)
         self.ROW_BLOCK = gl.constexpr(row_block)
         self.Q_STAGES = gl.constexpr(q_stages)
+        self.SPLIT = gl.constexpr(split)
         self.BLOCK_M = gl.constexpr(64 * consumers)
         self.S_LAYOUT = gl.constexpr(wgmma_layout(block_n, warpgroups))
         self.O_LAYOUT = gl.constexpr(wgmma_layout(padded, warpgroups))
@@ -255,15 +259,17 @@ class Item:
     query_len: gl.tensor
     seq_len: gl.tensor
     head_tile: gl.tensor
+    place: gl.tensor  # on the list
 
     @gluon.constexpr_function
-    def __init__(self, seq, tile, q_start, query_len, seq_len, head_tile):
+    def __init__(self, seq, tile, q_start, query_len, seq_len, head_tile, place):
         self.seq = seq
         self.tile = tile
         self.q_start = q_start
         self.query_len = query_len
         self.seq_len = seq_len
         self.head_tile = head_tile
+        self.place = place
 
 
 @gluon.jit
@@ -349,6 +355,7 @@ def load_item(cfg, batch, turn):
         gl.load(fields + 3),
         gl.load(fields + 4),
         head_tile,
+        row,
     )
 
 
@@ -385,7 +392,28 @@ def tile_range(cfg, batch, item):
     _, end_key = visible_keys(cfg, batch, item, last - 1)
     end = gl.maximum(gl.cdiv(end_key, cfg.BLOCK_N), 1)
     begin = gl.minimum(begin_key // cfg.BLOCK_N, end - 1)
+    if cfg.SPLIT:
+        # A part behind the last key that is seen has one tile, of which no row sees
+        # any: masks are complete, as there is no window.
+        fields = batch.work + item.place * ITEM_FIELDS
+        begin = gl.maximum(begin, gl.load(fields + 5) // cfg.BLOCK_N)
+        end = gl.minimum(end, gl.load(fields + 6) // cfg.BLOCK_N)
+        end = gl.maximum(end, begin + 1)
     return begin, end
+
+
+@gluon.jit
+def is_split(cfg, batch, item):
+    """Whether an item has a part of its keys: its state is left to be combined."""
+    return gl.load(batch.work + item.place * ITEM_FIELDS + 7) != 1
+
+
+@gluon.jit
+def state_rows(cfg, item, FIRST_ROW: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where the states of a consumer's rows are left: [64] int64"""
+    rows = gl.arange(0, CONSUMER_ROWS, LAYOUT) + FIRST_ROW
+    tile = item.place * cfg.HEAD_TILES + item.head_tile
+    return tile.to(gl.int64) * cfg.BLOCK_M + rows
 
 
 @gluon.jit

@@ -149,6 +149,28 @@ class Config:
         return options
 
 
+class Split(NamedTuple):
+    """Few tiles of prefill rows, whose keys are split to fill the device.
+
+    On an H200, 32/8 heads of 128, pages of 128, 64 tokens over 32k take 66 us, and
+    262 if each tile has all of its keys; 256 tokens over 32k 205 and 356.
+    """
+
+    keys: int  # parts are multiples of so many
+    head_tiles: int  # that each tile stands for
+    num_units: int  # multiprocessors to fill
+
+    @property
+    def max_tiles(self) -> int:
+        """So many fill the device without being split."""
+        return self.num_units // self.head_tiles
+
+    @property
+    def max_items(self) -> int:
+        """Most parts of so many tiles: see `schedule.count_parts`."""
+        return 2 * self.max_tiles
+
+
 @dataclass(frozen=True)
 class AttentionPlan:
     decode: Config
@@ -169,6 +191,7 @@ class AttentionPlan:
     # may be valid; see `segments`.
     segment: int | None
     segment_rows: int
+    split: Split | None  # None: all keys of a tile of prefill rows in one
 
 
 @cache
@@ -499,6 +522,12 @@ def hopper_kernel(shape: Shape, device: Device) -> str | None:
 SEGMENT = 512
 # The states of segments that decode's workers leave.
 SEGMENT_BYTES = 64 * 2**20
+# Of parts of a sequence's keys; every tile of keys divides it.
+SPLIT_KEYS = 128
+# From so many tokens on a query fills Hopper's tiles with rows of one head: over 32k
+# 64, 128 and 256 of them take 66, 114 and 206 us with four heads in a tile, 80, 111 and
+# 205 with one; 300 without context 16.8 and 15.2.
+SHORT_QUERY_LEN = 128
 
 
 def fix_order(
@@ -555,6 +584,7 @@ def make_plan(
     max_query_len: int,
     portable: bool = False,
     batch_invariant: bool = False,
+    split_query_len: int | None = None,
 ) -> AttentionPlan:
     """Chooses for batches whose decodes have at most max_query_len query tokens.
 
@@ -564,15 +594,19 @@ def make_plan(
         max_query_len: longest query of a decode.
         portable: leave out kernels made for one architecture.
         batch_invariant: see `segments`; implies portable.
+        split_query_len: longest query of a batch with few tiles of prefill rows, whose
+            keys are split, see `Split`; not if batch invariant. None: as many tiles as
+            you like.
     """
     hopper = None if portable or batch_invariant else hopper_kernel(shape, device)
     prefill, pack = plan_prefill(shape, device), shape.group
     boxes = plan_prefill_boxes(shape, device, prefill)
     rows = prefill.block_m
     if hopper is not None:
-        pack = hopper_prefill.packed_heads(shape.group)
         module = hopper_fp8_prefill if hopper == "fp8" else hopper_prefill
         rows = module.CONFIGS[max(64, shape.head_padded)].block_m
+        is_short = split_query_len is not None and split_query_len < SHORT_QUERY_LEN
+        pack = hopper_prefill.packed_heads(shape.group, is_short)
     if hopper == "16-bit":
         prefill = with_rows(prefill, rows)
         boxes = with_rows(boxes, rows) if boxes else None
@@ -588,13 +622,18 @@ def make_plan(
             boxes = replace(prefill, num_stages=3) if is_measured else None
         if abreast is not None:
             abreast = max(1, abreast * decode.tile // segment)
+    head_tiles = shape.num_query_heads // pack
+    few = None
+    if split_query_len and not batch_invariant and head_tiles <= device.num_units:
+        keys = 32 if device.backend == "interpreter" else SPLIT_KEYS
+        few = Split(keys, head_tiles, device.num_units)
     return AttentionPlan(
         decode=decode,
         prefill=prefill,
         prefill_boxes=boxes,
         prefill_pack=pack,
         prefill_rows=rows,
-        head_lanes=head_lanes(shape.num_query_heads // pack, device.num_xcds),
+        head_lanes=head_lanes(head_tiles, device.num_xcds),
         hopper=hopper,
         kv_format=plan_kv_format(shape.kv_dtype, device),
         unpacking=plan_unpacking(shape, device),
@@ -605,4 +644,5 @@ def make_plan(
             decode.block_m,
             triton.next_power_of_2(shape.group * max(max_query_len, 1)),
         ),
+        split=few,
     )

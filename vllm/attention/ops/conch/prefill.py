@@ -9,6 +9,7 @@ edge and at the sequence's end are masked; those between run without a mask.
 
 from vllm.triton_utils import tl, triton
 
+from .combine import ITEM_FIELDS, leave_partial
 from .kv_format import in_elements
 from .limits import row_limits
 from .segments import clip, merge_states
@@ -24,9 +25,6 @@ from .tile import (
     whole,
     write_rows,
 )
-
-# One work item: sequence (or -1), tile of rows, query_start, query_len, seq_len.
-ITEM_FIELDS: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
@@ -205,6 +203,9 @@ def prefill_kernel(
     value_ptr,
     block_table_ptr,  # [num_seqs, max_blocks]
     items_ptr,  # [num_items, ITEM_FIELDS]
+    partial_acc_ptr,  # as in `combine_kernel`, or None: keys are not split
+    partial_max_ptr,
+    partial_sum_ptr,
     q_scale_ptr,  # [1] or None
     k_scale_ptr,  # [1] or None; with strides [num_blocks, block_size, num_kv_heads]
     v_scale_ptr,
@@ -301,6 +302,11 @@ def prefill_kernel(
         )  # fmt: skip
         bounds = limited_tile_bounds(limits, TILE, MASKED_TILE)
     keys_range, before, seen_whole, after = bounds
+    if partial_acc_ptr is not None:
+        part_begin, part_end = tl.load(item + 5), tl.load(item + 6)
+        before = clip(before, part_begin // MASKED_TILE, part_end // MASKED_TILE)
+        seen_whole = clip(seen_whole, part_begin // TILE, part_end // TILE)
+        after = clip(after, part_begin // MASKED_TILE, part_end // MASKED_TILE)
     position = seq_len - query_len + token
     block_row = block_table_ptr + sequence.to(tl.int64) * block_table_stride
     key_strides = in_elements(key_strides, STRIDE_UNIT)
@@ -346,7 +352,18 @@ def prefill_kernel(
     target = (
         output_ptr, lse_ptr, output_strides, lse_stride, sinks_ptr, output_scale_ptr,
     )  # fmt: skip
-    write_rows(
-        target, acc, row_max, row_sum, v_scale,
-        query_start, token, head, row_valid, HEAD_SIZE, HEAD_PADDED, FP8, FP8_MAX,
-    )  # fmt: skip
+    is_whole = True
+    if partial_acc_ptr is not None:
+        is_whole = tl.load(item + 7) == 1
+        if not is_whole:
+            place = item_index // ITEM_TILES * tl.num_programs(0) + head_tile
+            leave_partial(
+                (partial_acc_ptr, partial_max_ptr, partial_sum_ptr),
+                place * ITEM_TILES + item_index % ITEM_TILES,
+                acc, row_max, row_sum, row_valid, BLOCK_M, HEAD_PADDED,
+            )  # fmt: skip
+    if is_whole:
+        write_rows(
+            target, acc, row_max, row_sum, v_scale,
+            query_start, token, head, row_valid, HEAD_SIZE, HEAD_PADDED, FP8, FP8_MAX,
+        )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from vllm.triton_utils import tl, triton
 
 from .checks import check_tensor, reject
+from .combine import ITEM_FIELDS
 from .decode import SEQUENCE_FIELDS, WORKER_FIELDS, decode_key_tiles, decode_rows
 from .launch import Launch
 from .limits import first_seen_key
@@ -21,19 +22,21 @@ from .plan import (
     KV_INTEGER_DTYPES,
     MAX_DECODE_QUERY_LEN,
     SEGMENT_BYTES,
+    SHORT_QUERY_LEN,
     AttentionPlan,
     Shape,
     check_layer_shape,
     make_plan,
     this_device,
 )
-from .prefill import ITEM_FIELDS
 
 # Workers and prefill items that one program of the schedule kernel fills in.
 LANES = 16
 MAX_SEQUENCES_AT_ONCE = 1024
 # Without a prefill kernel the decode kernel takes every sequence.
 ANY_QUERY_LEN = 2**31 - 1
+# End of the last part of a sequence's keys, a multiple of every tile.
+LAST_KEY: tl.constexpr = tl.constexpr(2**30)
 
 
 @triton.jit
@@ -245,6 +248,83 @@ def schedule_prefill(
     tl.store(record + 4, seq_len_of)
 
 
+@triton.jit
+def count_parts(seq_len, total, SPLIT_KEYS: tl.constexpr, NUM_UNITS: tl.constexpr):
+    """Units of keys that a sequence has, and how many parts its tiles are cut into.
+
+    Rounded down: if all are equal, there are no more parts than multiprocessors. A part
+    has two units or more.
+    """
+    units = tl.cdiv(seq_len, SPLIT_KEYS)
+    parts = tl.minimum(units * NUM_UNITS // tl.maximum(total, 1), units // 2)
+    return units, tl.maximum(parts, 1)
+
+
+@triton.jit
+def schedule_parts(
+    query_start_loc_ptr, seq_lens_ptr, items_ptr, splits_ptr,
+    num_seqs, decode_query_len, first_item,
+    PACK: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_TILES: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr, NUM_UNITS: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Lists LANES parts of prefill tiles whose keys are split, and the tiles.
+
+    Where tiles are fewer than multiprocessors. Each sequence's tiles have parts in
+    proportion to its keys, so that all parts of a batch are of about one size.
+    """
+    total = 0
+    for start in range(0, num_seqs, BLOCK):
+        _, _, query_len, seq_len = load_lengths(
+            query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
+        )
+        blocks = prefill_blocks(query_len, decode_query_len, PACK, BLOCK_M)
+        total += tl.sum(blocks * tl.cdiv(seq_len, SPLIT_KEYS)) * HEAD_TILES
+
+    item = first_item + tl.arange(0, LANES)
+    line = 0
+    num_splits = 0
+    tl.store(items_ptr + item * ITEM_FIELDS, item * 0 - 1)
+    tl.debug_barrier()  # then those that there are
+    for start in range(0, num_seqs, BLOCK):
+        sequence, query_start, query_len, seq_len = load_lengths(
+            query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
+        )
+        blocks = prefill_blocks(query_len, decode_query_len, PACK, BLOCK_M)
+        units, parts = count_parts(seq_len, total, SPLIT_KEYS, NUM_UNITS)
+        count = blocks * parts
+        last = line + tl.cumsum(count, 0)
+        match = (item[:, None] >= (last - count)[None, :]) & (
+            item[:, None] < last[None, :]
+        )
+        found = tl.sum(match.to(tl.int32), 1) > 0
+        parts_of = tl.maximum(pick(match, parts), 1)
+        within = item - pick(match, last - count)
+        part = within % parts_of
+        part_keys = tl.cdiv(pick(match, units), parts_of) * SPLIT_KEYS
+        end = tl.where(part == parts_of - 1, LAST_KEY, (part + 1) * part_keys)
+        record = items_ptr + item * ITEM_FIELDS
+        tl.store(record, pick(match, sequence), mask=found)
+        # The tiles with most keys first.
+        m_block = pick(match, blocks) - 1 - within // parts_of
+        tl.store(record + 1, m_block, mask=found)
+        tl.store(record + 2, pick(match, query_start), mask=found)
+        tl.store(record + 3, pick(match, query_len), mask=found)
+        tl.store(record + 4, pick(match, seq_len), mask=found)
+        tl.store(record + 5, part * part_keys, mask=found)
+        tl.store(record + 6, end, mask=found)
+        tl.store(record + 7, tl.where(part == 0, parts_of, 0), mask=found)
+        # Where this sequence's tiles are on the list of those that are split.
+        split = tl.where(parts > 1, blocks, 0)
+        last_split = num_splits + tl.cumsum(split, 0)
+        number = pick(match, last_split - split) + within // parts_of
+        begins = found & (part == 0) & (parts_of > 1)
+        tl.store(splits_ptr + 1 + number, item, mask=begins)
+        line += tl.sum(count)
+        num_splits += tl.sum(split)
+    tl.store(splits_ptr, num_splits)  # every program the same
+
+
 # Microbatches slice the lengths anywhere: their alignment must make no variant.
 @triton.jit(
     do_not_specialize=[
@@ -267,6 +347,7 @@ def schedule_kernel(
     sequences_ptr,
     arrivals_ptr,
     items_ptr,
+    splits_ptr,
     ranges_ptr,  # [num_seqs, num_ranges, 2] or None
     prefix_ptr,  # [num_seqs] or None
     window,
@@ -280,6 +361,9 @@ def schedule_kernel(
     ABREAST_TILES: tl.constexpr,  # from so many tiles a worker
     PREFILL_PACK: tl.constexpr,
     PREFILL_BLOCK_M: tl.constexpr,
+    HEAD_TILES: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,  # see `plan.Split`; None: keys are not split
+    NUM_UNITS: tl.constexpr,
     WINDOWED: tl.constexpr,
     CHUNK_LOOKBACK: tl.constexpr,
     RANGES_IN_WINDOW: tl.constexpr,
@@ -295,6 +379,13 @@ def schedule_kernel(
             program * LANES,
             NUM_WORKERS, NUM_KV_HEADS, GROUP, DECODE_BLOCK_M, DECODE_TILE,
             ABREAST, ABREAST_TILES, WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW,
+            BLOCK, LANES,
+        )  # fmt: skip
+    elif SPLIT_KEYS is not None:
+        schedule_parts(
+            query_start_loc_ptr, seq_lens_ptr, items_ptr, splits_ptr,
+            num_seqs, decode_query_len, (program - DECODE_PROGRAMS) * LANES,
+            PREFILL_PACK, PREFILL_BLOCK_M, HEAD_TILES, SPLIT_KEYS, NUM_UNITS,
             BLOCK, LANES,
         )  # fmt: skip
     else:
@@ -443,10 +534,25 @@ class VarlenSchedule:
         self.workers = integers(self.num_workers, WORKER_FIELDS.value)
         self.sequences = integers(max_num_seqs, SEQUENCE_FIELDS.value)
         self.arrivals = integers(self.num_workers, 1)
-        self.items = integers(
-            triton.cdiv(self.max_items(max_num_tokens, max_num_seqs), LANES) * LANES,
-            ITEM_FIELDS.value,
-        )
+        # Where few tiles of prefill rows are split by keys; not with windows, whose
+        # keys are few.
+        num_items = self.max_items(plan, max_num_tokens, max_num_seqs)
+        self.splits: torch.Tensor | None = None
+        self.states: tuple[torch.Tensor | None, ...] = (None, None, None)
+        lengths = (MAX_DECODE_QUERY_LEN + 1, SHORT_QUERY_LEN)
+        chosen = [self.plan_for(length, split=True) for length in lengths]
+        splits = [plan.split for plan in chosen if plan.split is not None]
+        if splits and sliding_window is None:
+            num_items = max(num_items, *(split.max_items for split in splits))
+            self.splits = integers(1 + max(split.max_tiles for split in splits), 1)
+            most = max(split.max_items * split.head_tiles for split in splits)
+            rows = most * chosen[0].prefill_rows
+            self.states = (
+                scratch(rows, self.shape.head_padded),
+                scratch(rows),
+                scratch(rows),
+            )
+        self.items = integers(triton.cdiv(num_items, LANES) * LANES, ITEM_FIELDS.value)
         # Tiles of decode rows: in batches of decodes, and beside prefills.
         block_m = max(plan.decode.block_m, beside_prefills.block_m)
         slots: tuple[int, ...] = (2 * self.num_workers, block_m)
@@ -471,8 +577,15 @@ class VarlenSchedule:
         self.launches: dict[int, Launch] = {}  # by choice
         self.segment_slots = 0  # segments that a worker can leave; see `segments`
 
-    def plan_for(self, max_query_len: int) -> AttentionPlan:
-        """The plan of a batch whose longest query has max_query_len tokens."""
+    def plan_for(self, max_query_len: int, split: bool = False) -> AttentionPlan:
+        """The plan of a batch whose longest query has max_query_len tokens.
+
+        split: and which has few tiles of prefill rows.
+        """
+        split_query_len = None
+        if split:  # two plans for all lengths
+            is_short = max_query_len < SHORT_QUERY_LEN
+            split_query_len = MAX_DECODE_QUERY_LEN + 1 if is_short else SHORT_QUERY_LEN
         if max_query_len > MAX_DECODE_QUERY_LEN:
             max_query_len = self.decode_query_len
         return make_plan(
@@ -481,6 +594,7 @@ class VarlenSchedule:
             max_query_len,
             self.portable,
             self.batch_invariant,
+            split_query_len,
         )
 
     def heads_abreast(self, plan: AttentionPlan) -> int:
@@ -494,12 +608,22 @@ class VarlenSchedule:
             return 1
         return heads
 
-    def max_items(self, num_tokens: int, num_seqs: int) -> int:
-        """Bound of the number of prefill items of a batch."""
-        plan = self.plan_for(1)
+    def max_items(self, plan: AttentionPlan, num_tokens: int, num_prefills: int) -> int:
+        """Bound of the number of prefill tiles of a batch, were none split."""
         rows = num_tokens * plan.prefill_pack
-        prefills = min(num_seqs, num_tokens // (self.longest_decode + 1))
+        prefills = min(num_prefills, num_tokens // (self.longest_decode + 1))
         return rows // plan.prefill_rows + prefills
+
+    def least_unsplit_batch(self) -> tuple[int, int]:
+        """Sequences and query tokens of each, too many for prefills to be split."""
+        query_len = max(MAX_DECODE_QUERY_LEN, self.longest_decode) + 1
+        if self.splits is None:
+            return 1, query_len
+        plan = self.plan_for(query_len, split=True)
+        tiles = plan.split.max_tiles + 1 if plan.split else 1
+        num_seqs = min(self.max_num_seqs, tiles)
+        rows = (tiles - num_seqs) * plan.prefill_rows
+        return num_seqs, max(query_len, triton.cdiv(rows, plan.prefill_pack * num_seqs))
 
     def check_lengths(self, name: str, tensor: torch.Tensor) -> None:
         """Rejects what is not [n] int32 on the device, without gaps."""
@@ -536,6 +660,7 @@ class VarlenSchedule:
         max_query_len: int,
         num_tokens: int,
         min_query_len: int = 0,
+        num_prefills: int | None = None,
         mm_prefix_range: torch.Tensor | None = None,
         mm_prefix_in_window: bool = False,
         prefix_lens: torch.Tensor | None = None,
@@ -550,6 +675,8 @@ class VarlenSchedule:
             min_query_len: no query of this batch is shorter (host); decides whether
                 decodes are launched beside prefills. 0: not known, or a CUDA graph
                 will replay the launches for other batches.
+            num_prefills: no more sequences have queries longer than `longest_decode`
+                (host); decides whether keys are split. None: not known, as above.
             mm_prefix_range: as for this batch's calls of `varlen_attention`.
             mm_prefix_in_window: likewise.
             prefix_lens: likewise.
@@ -590,7 +717,15 @@ class VarlenSchedule:
         decode_query_len = self.longest_decode
         num_items = 0
         if max_query_len > MAX_DECODE_QUERY_LEN:
-            num_items = self.max_items(num_tokens, num_seqs)
+            num_items = self.max_items(plan, num_tokens, num_seqs)
+            # Not known: what a graph of so many tokens does must do for any batch.
+            prefills = self.max_num_seqs if num_prefills is None else num_prefills
+            if self.splits is not None:
+                split_plan = self.plan_for(max_query_len, split=True)
+                tiles = self.max_items(split_plan, num_tokens, prefills)
+                split = split_plan.split
+                if split is not None and tiles <= split.max_tiles:
+                    plan, num_items = split_plan, split.max_items
         else:
             decode_query_len = ANY_QUERY_LEN
         self.choice = self.choices.setdefault((plan, sight), len(self.choices))
@@ -604,6 +739,7 @@ class VarlenSchedule:
             self.sequences,
             self.arrivals,
             self.items,
+            self.splits,
             mm_prefix_range,
             prefix_lens,
             varying=(num_seqs, decode_query_len),
@@ -637,6 +773,9 @@ class VarlenSchedule:
                 ABREAST_TILES=plan.abreast_tiles,
                 PREFILL_PACK=plan.prefill_pack,
                 PREFILL_BLOCK_M=plan.prefill_rows,
+                HEAD_TILES=self.shape.num_query_heads // plan.prefill_pack,
+                SPLIT_KEYS=plan.split.keys if plan.split else None,
+                NUM_UNITS=self.target.num_units,
                 **sight.constants(),
                 BLOCK=min(
                     triton.next_power_of_2(self.max_num_seqs), MAX_SEQUENCES_AT_ONCE

@@ -21,6 +21,7 @@ from .arguments import (
     shape_of,
 )
 from .checks import TensorSpec, free_strides
+from .combine import combine_kernel
 from .decode import decode_kernel
 from .fp8 import FP8_DTYPES, storage_view, triton_fp8
 from .hopper_prefill import HopperLaunch, HopperOptions
@@ -40,6 +41,11 @@ PORTABLE = {
 }
 # Descriptors of queries that layers of one shape keep.
 MAX_QUERIES = 256
+# Rows whose parts one program combines at once, and elements of states, of all parts,
+# that it has in flight.
+COMBINED_ROWS = 8
+COMBINED_CONSTANTS = ("HEAD_SIZE", "HEAD_PADDED", "FP8", "FP8_MAX")
+COMBINED_ELEMENTS = 16384
 # Formats of the cache that kernels read as bytes.
 BYTES = ("e4m3fn", "e4m3fnuz")
 
@@ -148,6 +154,7 @@ class Launches(NamedTuple):
     boxes: Launch | None  # prefill with K and V in boxes, where addresses suit
     # Prefill by the Hopper kernel of the plan, where addresses suit.
     hopper: HopperLaunch | None
+    combine: Launch | None  # of prefills whose keys are split
 
 
 # By what `layer_key` says of a call.
@@ -273,9 +280,26 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
                 options.causal,
                 sight.sliding_window,
                 options.softcap,
+                plan.split is not None,
             ),
         )
-    return Launches(decode, plan_prefill(plan.prefill), boxes, hopper)
+    combine = None
+    if plan.split is not None:
+        combine = Launch(
+            combine_kernel,
+            (2 * plan.split.num_units,),
+            arguments[:2],
+            dict(
+                PACK=plan.prefill_pack,
+                HEAD_TILES=plan.split.head_tiles,
+                BLOCK_M=plan.prefill_rows,
+                ROWS=COMBINED_ROWS,
+                PARTS=COMBINED_ELEMENTS // (COMBINED_ROWS * shape.head_padded),
+                num_warps=4,
+                **{name: variant[name] for name in COMBINED_CONSTANTS},
+            ),
+        )
+    return Launches(decode, plan_prefill(plan.prefill), boxes, hopper, combine)
 
 
 class PreparedAttention:
@@ -325,13 +349,19 @@ class PreparedAttention:
             schedule.arrivals,
             *options,
         )
-        self.hopper = None
+        self.hopper = self.combine = None
+        states = schedule.states if plan.split is not None else (None, None, None)
+        if launches.combine is not None:
+            v_scale = None if shape.token_scales else scales[2]
+            sinks, *_, output_scale = features
+            work = (schedule.items, schedule.splits, *states)
+            self.combine = launches.combine.bind(*work, v_scale, sinks, output_scale)
         prefill, boxes = launches.prefill, Described(None, None)
         config, aligned = plan.prefill_boxes, is_aligned(*caches)
         if launches.hopper and aligned:
             launch, self.query_box, page_box, self.queries = launches.hopper
             pages = (hopper_prefill.describe_pages(c, page_box) for c in caches)
-            work = (schedule.items, block_table)
+            work = (schedule.items, block_table, *states)
             sinks = features[FEATURES.index("sinks")]
             self.hopper = launch.bind(
                 sinks,
@@ -342,7 +372,7 @@ class PreparedAttention:
         if config and launches.boxes and aligned:
             prefill, box = launches.boxes, (config.tile, shape.head_padded)
             boxes = Described(*(describe_pages(c, *box) for c in caches))
-        work = (block_table, schedule.items)
+        work = (block_table, schedule.items, *states)
         self.prefill = prefill.bind(*caches, *work, *options, described=boxes)
 
     def __call__(
@@ -355,9 +385,18 @@ class PreparedAttention:
         schedule = self.schedule
         if schedule.has_decodes:
             self.decode(output, output_lse, query)
-        num_items = schedule.num_items
-        if num_items == 0:
-            return
+        if schedule.num_items > 0:
+            self.launch_prefill(query, output, output_lse, schedule.num_items)
+            if self.combine is not None:
+                self.combine(output, output_lse)
+
+    def launch_prefill(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        output_lse: torch.Tensor | None,
+        num_items: int,
+    ) -> None:
         if self.hopper is not None:
             address = query.data_ptr()
             if address % 16 == 0:

@@ -10,7 +10,7 @@ conch_base.py holds what depends on the form of vLLM's interface.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import product, starmap
+from itertools import product
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from vllm.attention.ops.conch.hopper_prefill import DTYPES as HOPPER_DTYPES
 from vllm.attention.ops.conch.plan import (
     INT4_HEAD_MULTIPLE,
     KV_INT4_DTYPE,
+    SHORT_QUERY_LEN,
     Shape,
     hopper_kernel,
     this_device,
@@ -72,9 +73,9 @@ from vllm.v1.attention.backends.conch_pages import BatchPages, pages_of_batch
 MIN_HEAD_SIZE = 16
 MAX_HEAD_SIZE = 512
 
-# A query length for every variant of the attention kernels that a plan may choose;
-# longer ones than the last need no other.
-WARM_UP_QUERY_LENS = (1, 2, 4, 8, 16, 32)
+# A query length of a sequence alone for every variant of the attention kernels that a
+# plan may choose; with SHORT_QUERY_LEN, and batches too large for keys to be split.
+WARM_UP_QUERY_LENS = (1, 2, 4, 8, 16, 17)
 
 # A prefix that holds every key: what a batch without prefix lengths is given.
 WHOLE_SEQUENCE = 2**31 - 1
@@ -305,7 +306,7 @@ class ConchAttentionMetadata(ConchMetadataBase):
     prefix_lens: torch.Tensor | None  # [num_reqs] of R-SWA: tokens that all see
     schedules: dict[ScheduleKey, VarlenSchedule]
     share: conch_dcp.Share | None = None  # where ranks share the keys
-    min_query_len: int = 0  # no query is shorter; 0: the host does not say
+    query_lens: torch.Tensor | None = None  # [num_reqs] (host), if it may decide
     # What all layers with one schedule have in common, see `step_kind`.
     kinds: dict[ScheduleKey, tuple] = field(default_factory=dict)
 
@@ -351,12 +352,16 @@ class ConchAttentionMetadata(ConchMetadataBase):
             if share.is_empty:
                 return
         for key, schedule in self.schedules.items():
+            known: dict[str, int] = {}
+            if (lens := self.query_lens) is not None:
+                known["min_query_len"] = int(lens.min())
+                known["num_prefills"] = int((lens > schedule.longest_decode).sum())
             schedule.update(
                 self.query_start_loc,
                 seq_lens,
                 max_query_len=self.max_query_len,
                 num_tokens=self.num_actual_tokens,
-                min_query_len=self.min_query_len,
+                **known,
                 mm_prefix_range=self.mm_prefix_range,
                 mm_prefix_in_window=key.mm_prefix_in_window,
                 prefix_lens=self.prefix_lens if key.sees_prompt else None,
@@ -452,7 +457,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             prefix_lens=self.update_prefix_lens(common),
             schedules=self.schedules,
             share=share,
-            min_query_len=self.min_query_len(common),
+            query_lens=self.query_lens(common),
         )
         metadata.update_schedules()
         return metadata
@@ -495,16 +500,17 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             return common.num_actual_tokens
         return max(common.max_query_len, self.decode_query_len)
 
-    def min_query_len(self, common: CommonAttentionMetadata) -> int:
-        """A length that no query of the batch falls below; 0 if it is not known.
+    def query_lens(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
+        """Lengths of the queries, from which the host decides what is launched.
 
-        The kernel for decodes is left out where there are none. Not where a CUDA graph
-        could keep that for others, nor where ranks share the keys.
+        The kernel for decodes is left out where there are none, and keys are split
+        where prefills are few. None where a CUDA graph could keep that for others, or
+        ranks share the keys.
         """
         is_decode = common.max_query_len <= self.decode_query_len
         if is_decode or self.shares is not None or self.graphs_hold_any_batch():
-            return 0
-        return int(common.query_start_loc_cpu.diff().min())
+            return None
+        return common.query_start_loc_cpu.diff()
 
     def graphs_hold_any_batch(self) -> bool:
         """Whether CUDA graphs of mixed batches have the attention in them."""
@@ -525,10 +531,11 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
 
 
 class DummyBatch(NamedTuple):
-    """A sequence that is attended to before vLLM serves.
+    """Equal sequences that are attended to before vLLM serves.
 
     Attributes:
-        query_len: its length.
+        num_reqs: their number.
+        query_len: the length of each.
         causal: whether attention is causal, or a tensor that says it.
         packed: whether query, key and value are slices of one tensor, as many models
             pass them, or each has its own: kernels are compiled for the alignment of
@@ -537,6 +544,7 @@ class DummyBatch(NamedTuple):
         has_images: whether there are ranges that are seen both ways.
     """
 
+    num_reqs: int
     query_len: int
     causal: bool | torch.Tensor
     packed: bool
@@ -919,27 +927,30 @@ class ConchAttentionImpl(ConchImplBase):
             shares.add(self, schedule.device)
         quantizes = self.vllm_config.compilation_config.pass_config.fuse_attn_quant
         quantizes &= self.num_shares == 1
-        for batch in starmap(
-            DummyBatch,
-            product(
-                self.warm_up_query_lens(schedule.device),
-                self.causal_modes(schedule.device),
-                (False, True),
-                (False, True) if quantizes else (False,),
-                (False, True) if self.sees_images else (False,),
-            ),
+        batches = [(1, length) for length in self.warm_up_query_lens(schedule.device)]
+        batches.append(schedule.least_unsplit_batch())
+        for (num_reqs, query_len), *options in product(
+            batches,
+            (False, True),
+            (False, True) if quantizes else (False,),
+            (False, True) if self.sees_images else (False,),
         ):
-            if batch.query_len <= schedule.max_num_tokens:
+            if num_reqs * query_len > schedule.max_num_tokens:
+                continue
+            for causal in self.causal_modes(num_reqs, schedule.device):
+                batch = DummyBatch(num_reqs, query_len, causal, *options)
                 self.run_dummy_batch(layer, schedule, shares, batch)
         self.attentions.clear()  # they would keep the schedule, which has megabytes
 
-    def causal_modes(self, device: torch.device) -> tuple[bool | torch.Tensor, ...]:
-        """What a batch of one sequence may have as `causal`."""
+    def causal_modes(
+        self, num_reqs: int, device: torch.device
+    ) -> tuple[bool | torch.Tensor, ...]:
+        """What a batch of so many sequences may have as `causal`."""
         if self.is_never_causal:
             return (False,)
         if not attends_both_ways(self.vllm_config):
             return (True,)
-        return True, False, torch.ones(1, dtype=torch.bool, device=device)
+        return True, False, torch.ones(num_reqs, dtype=torch.bool, device=device)
 
     def warm_up_query_lens(self, device: torch.device) -> list[int]:
         """Lengths of a query, one for every choice that kernels make by it."""
@@ -947,7 +958,7 @@ class ConchAttentionImpl(ConchImplBase):
         many_to_write = min_large_tokens(
             self.num_kv_heads * self.head_size, this_device(device.index).num_units
         )
-        lengths = (*WARM_UP_QUERY_LENS, many_to_write)
+        lengths = (*WARM_UP_QUERY_LENS, SHORT_QUERY_LEN, many_to_write)
         return sorted({max(length, shortest) for length in lengths})
 
     def run_dummy_batch(
@@ -957,19 +968,20 @@ class ConchAttentionImpl(ConchImplBase):
         shares: conch_dcp.Shares | None,
         batch: DummyBatch,
     ) -> None:
-        """Writes and attends one sequence.
+        """Writes and attends some sequences.
 
         Args:
             layer: the layer of this implementation.
             schedule: made for the layer.
             shares: likewise, if ranks share its keys.
-            batch: the sequence and what is asked for.
+            batch: the sequences and what is asked for.
         """
-        query_len = batch.query_len
+        num_reqs, query_len = batch.num_reqs, batch.query_len
+        num_new = num_reqs * query_len
         device = schedule.device
         # Fewer tokens that are read as pages are copied, see `pages_of_batch`.
         reads_batch = self.is_encoder or shares is not None
-        num_tokens = max(query_len, 2 * PAGE_MULTIPLE if reads_batch else 0)
+        num_tokens = max(num_new, 2 * PAGE_MULTIPLE if reads_batch else 0)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         if batch.packed:
             packed_rows = torch.zeros(
@@ -984,24 +996,29 @@ class ConchAttentionImpl(ConchImplBase):
                 for count in heads
             )
 
-        def integers(*values: int) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
+        def full(value: int, *shape: int) -> torch.Tensor:
+            return torch.full(shape, value, dtype=torch.int32, device=device)
 
         max_blocks = -(-query_len // schedule.shape.block_size)
+        images = full(0, num_reqs, 1, 2) if batch.has_images else None
         metadata = ConchAttentionMetadata(
-            num_actual_tokens=query_len,
+            num_actual_tokens=num_new,
             max_query_len=query_len,
-            query_start_loc=integers(0, query_len),
-            seq_lens=integers(query_len),
-            block_table=integers(0).expand(1, max_blocks).contiguous(),
-            slot_mapping=torch.full((query_len,), -1, device=device),
+            query_start_loc=torch.arange(
+                0, num_new + 1, query_len, dtype=torch.int32, device=device
+            ),
+            seq_lens=full(query_len, num_reqs),
+            block_table=full(0, num_reqs, max_blocks),
+            slot_mapping=torch.full((num_new,), -1, device=device),
             causal=batch.causal,
-            mm_prefix_range=integers(0, 0).view(1, 1, 2) if batch.has_images else None,
-            prefix_lens=integers(1) if self.schedule_key.sees_prompt else None,
+            mm_prefix_range=images,
+            prefix_lens=full(1, num_reqs) if self.schedule_key.sees_prompt else None,
             schedules={self.schedule_key: schedule},
         )
-        if shares is not None:
-            metadata.share = shares.build(1, query_len, is_empty=False)
+        if shares is None:
+            metadata.query_lens = torch.full((num_reqs,), query_len)
+        else:
+            metadata.share = shares.build(num_reqs, query_len, is_empty=False)
         metadata.update_schedules()
         kv_cache = bound_kv_cache(layer)
         self.write_kv_cache(layer, key, value, kv_cache, metadata.slot_mapping)

@@ -253,7 +253,7 @@ class ConchBuilderBase(AttentionMetadataBuilder):
             )
 
     def update_draft_decode_metadata(self, metadata: Any) -> None:
-        metadata.min_query_len = 0  # that of the draft's first step
+        metadata.query_lens = None  # those of the draft's first step
         metadata.update_schedules()
 
 
