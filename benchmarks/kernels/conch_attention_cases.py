@@ -35,6 +35,15 @@ PREFILL = [
     *("q512s4k", "4q512s16k", "q512s128k", "q2ks4k", "q2ks32k", "q2ks128k"),
     RAGGED,
 ]
+# Few tiles of prefill rows: a new turn of a chat whose beginning is cached.
+TURNS = [
+    *(f"q{n}s{c}" for c in ("8k", "32k", "128k") for n in ("32", "64", "128", "256")),
+    *("4q64s8k", "q20", "q100", "q300"),
+    *(f"{case}@8/1x128" for case in ("q64s32k", "q256s32k", "q512s16k", "q1k")),
+    *("q64s32k@32/8x64", "q64s32k@16/8x256", "q64s32k@16/8x512"),
+    *("q64s32k@fp8", "q256s32k@fp8", "q64s32k@softcap30"),
+    *("q64s32k_16q1s4k", "q256s32k_64q1s4k"),
+]
 VARIANTS = [
     *("q8k@window1k", "q32k@window1k", "q32k@window4k", "q8k@softcap30"),
     *("q8k@32/8x80", "q8k@32/8x96", "q8k@32/8x112", "q8k@16/8x512"),
@@ -64,8 +73,9 @@ SUITES = {
     "mixed": MIXED,
     "fp8": FP8,
     "variants": VARIANTS,
+    "turns": TURNS,
     "short": SHORT,
-    "all": [*PREFILL, *DECODE, *MIXED, *FP8, *VARIANTS],
+    "all": [*PREFILL, *DECODE, *MIXED, *FP8, *VARIANTS, *TURNS],
 }
 
 

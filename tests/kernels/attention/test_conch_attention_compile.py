@@ -44,6 +44,7 @@ class Case:
     kv_dtype: torch.dtype = BF16
     batch_invariant: bool = False
     token_scales: bool = False  # one for every token and head, beside its elements
+    tokens: int = 3000  # of a batch; few: the keys of its prefills are split
     options: dict = field(default_factory=dict)
     targets: tuple[str, ...] | None = None  # None: all
 
@@ -76,6 +77,10 @@ CASES = {
     ),
     "128_int4": Case(128, kv_dtype=INT4, token_scales=True, targets=("sm90", "gfx942")),
     "128_fp32": Case(128, dtype=torch.float32, kv_dtype=torch.float32),
+    "64_split": Case(64, tokens=20),
+    "128_split": Case(128, tokens=20),
+    "128_split_page": Case(128, block_size=128, tokens=20, targets=("sm90", "sm100")),
+    "256_split": Case(256, tokens=20),
     "256": Case(256),
     "256_page": Case(256, block_size=128),
     "256_verify": Case(256, decode_query_len=5),
@@ -114,6 +119,9 @@ SPILLS = {
         "128 prefill_kernel": 8,
         "128_masks prefill_kernel": 8,
         "128_page prefill_kernel": 120,
+        "128_split prefill_kernel": 40,
+        "128_split_page prefill_kernel": 160,
+        "256_split prefill_kernel": 104,
         "128_fp8 prefill_kernel": 32,
         "128_e4m3_scales decode_kernel": 16,
         "128_int8 decode_kernel": 16,
@@ -146,7 +154,8 @@ def device_of(name: str):
 
 
 def record(case: Case, device) -> list[tuple]:
-    """(Kernel, arguments, constants) of a mixed batch: schedule, decode, prefill."""
+    """(Kernel, arguments, constants) of a mixed batch: schedule, decode, prefill, and
+    what combines its parts."""
     conch = "vllm.attention.ops.conch"
     attention, arguments, schedule, launch, plan = (
         importlib.import_module(f"{conch}.{name}")
@@ -162,7 +171,8 @@ def record(case: Case, device) -> list[tuple]:
     def integers(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device="meta")
 
-    heads, tokens = case.group * NUM_KV_HEADS, 3000
+    heads, tokens = case.group * NUM_KV_HEADS, case.tokens
+    max_query_len = min(tokens, 1000)
     query = torch.empty(tokens, heads, case.head_size, dtype=case.dtype, device="meta")
     # More than 2 GiB, up to which AMD's compiler counts on 32-bit offsets.
     pages = (2**22 // case.block_size, case.block_size, NUM_KV_HEADS)
@@ -204,14 +214,14 @@ def record(case: Case, device) -> list[tuple]:
             batch_invariant=case.batch_invariant,
         )
         lengths = integers(65), integers(64)
-        work.update(*lengths, max_query_len=1000, num_tokens=tokens)
+        work.update(*lengths, max_query_len=max_query_len, num_tokens=tokens)
         attention.varlen_attention(
             query,
             *caches,
             torch.empty_like(query),
             *lengths,
             integers(64, 512),
-            max_query_len=1000,
+            max_query_len=max_query_len,
             scale=0.1,
             k_scale=scales[0],
             v_scale=scales[1],
@@ -230,7 +240,7 @@ def compile_all(name: str) -> dict[str, Resources]:
             continue
         for kernel, args, constants in record(case, device_of(name)):
             if kernel.__name__ == "schedule_kernel":
-                variant = (kernel.__name__,)
+                variant = (kernel.__name__, case.tokens)
             else:
                 # A prefill does not depend on the decodes beside it.
                 layer = replace(case, group=1, decode_query_len=1, options={})
