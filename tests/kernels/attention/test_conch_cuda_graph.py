@@ -223,9 +223,9 @@ def test_nothing_compiles_while_serving(monkeypatch):
     whole_query = pool.query
     for query_len in (1, 5, 16, 17, 128):
         serve([(query_len, 200)], query_len)
-    num_seqs, query_len = schedule.least_unsplit_batch()
-    if num_seqs * query_len <= rows:
-        serve([(query_len, query_len)] * num_seqs, query_len)
+    unsplit = schedule.least_unsplit_len()
+    if unsplit is not None:
+        serve([(unsplit, unsplit)], unsplit)
     warm = len(compiled)
     assert warm > 0
     for _ in range(200):

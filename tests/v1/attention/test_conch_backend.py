@@ -338,10 +338,10 @@ def test_prefix_lm_is_warmed_up_as_it_runs() -> None:
     """All of a prompt sees itself, in decoders too: no causal kernels to compile."""
     engine = Engine()
     (layer,) = engine.layers
-    assert layer.impl.causal_modes(1, torch.device(DEVICE)) == (True,)
+    assert layer.impl.causal_modes(torch.device(DEVICE)) == (True,)
     spec = replace(engine.builder.kv_cache_spec, non_causal=True)
     layer.impl.see_layer(layer, spec)
-    assert layer.impl.causal_modes(1, torch.device(DEVICE)) == (False,)
+    assert layer.impl.causal_modes(torch.device(DEVICE)) == (False,)
 
 
 @needs_rswa

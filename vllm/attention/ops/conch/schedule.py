@@ -614,16 +614,32 @@ class VarlenSchedule:
         prefills = min(num_prefills, num_tokens // (self.longest_decode + 1))
         return rows // plan.prefill_rows + prefills
 
-    def least_unsplit_batch(self) -> tuple[int, int]:
-        """Sequences and query tokens of each, too many for prefills to be split."""
-        query_len = max(MAX_DECODE_QUERY_LEN, self.longest_decode) + 1
-        if self.splits is None:
-            return 1, query_len
-        plan = self.plan_for(query_len, split=True)
-        tiles = plan.split.max_tiles + 1 if plan.split else 1
-        num_seqs = min(self.max_num_seqs, tiles)
-        rows = (tiles - num_seqs) * plan.prefill_rows
-        return num_seqs, max(query_len, triton.cdiv(rows, plan.prefill_pack * num_seqs))
+    def split_plan(
+        self, max_query_len: int, num_tokens: int, num_prefills: int | None
+    ) -> AttentionPlan | None:
+        """The plan of a batch with so few prefill tiles that keys are split, or None.
+
+        Args:
+            max_query_len: as for `update`.
+            num_tokens: likewise.
+            num_prefills: likewise.
+        """
+        if self.splits is None or max_query_len <= MAX_DECODE_QUERY_LEN:
+            return None
+        if num_prefills is None:  # what a graph of so many tokens must do for any batch
+            num_prefills = self.max_num_seqs
+        plan = self.plan_for(max_query_len, split=True)
+        if plan.split is None:
+            return None
+        num_tiles = self.max_items(plan, num_tokens, num_prefills)
+        return plan if num_tiles <= plan.split.max_tiles else None
+
+    def least_unsplit_len(self) -> int | None:
+        """Tokens from which a prefill, perhaps among others, is not split."""
+        for length in range(MAX_DECODE_QUERY_LEN + 1, self.max_num_tokens + 1):
+            if self.split_plan(length, length, None) is None:
+                return length
+        return None
 
     def check_lengths(self, name: str, tensor: torch.Tensor) -> None:
         """Rejects what is not [n] int32 on the device, without gaps."""
@@ -718,14 +734,9 @@ class VarlenSchedule:
         num_items = 0
         if max_query_len > MAX_DECODE_QUERY_LEN:
             num_items = self.max_items(plan, num_tokens, num_seqs)
-            # Not known: what a graph of so many tokens does must do for any batch.
-            prefills = self.max_num_seqs if num_prefills is None else num_prefills
-            if self.splits is not None:
-                split_plan = self.plan_for(max_query_len, split=True)
-                tiles = self.max_items(split_plan, num_tokens, prefills)
-                split = split_plan.split
-                if split is not None and tiles <= split.max_tiles:
-                    plan, num_items = split_plan, split.max_items
+            few = self.split_plan(max_query_len, num_tokens, num_prefills)
+            if few is not None and few.split is not None:
+                plan, num_items = few, few.split.max_items
         else:
             decode_query_len = ANY_QUERY_LEN
         self.choice = self.choices.setdefault((plan, sight), len(self.choices))

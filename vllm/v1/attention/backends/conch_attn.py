@@ -531,11 +531,11 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
 
 
 class DummyBatch(NamedTuple):
-    """Equal sequences that are attended to before vLLM serves.
+    """A sequence that is attended to before vLLM serves.
 
     Attributes:
-        num_reqs: their number.
-        query_len: the length of each.
+        query_len: its length.
+        alone: whether the host knows that there are no other prefills.
         causal: whether attention is causal, or a tensor that says it.
         packed: whether query, key and value are slices of one tensor, as many models
             pass them, or each has its own: kernels are compiled for the alignment of
@@ -544,8 +544,8 @@ class DummyBatch(NamedTuple):
         has_images: whether there are ranges that are seen both ways.
     """
 
-    num_reqs: int
     query_len: int
+    alone: bool
     causal: bool | torch.Tensor
     packed: bool
     quantized: bool
@@ -927,30 +927,28 @@ class ConchAttentionImpl(ConchImplBase):
             shares.add(self, schedule.device)
         quantizes = self.vllm_config.compilation_config.pass_config.fuse_attn_quant
         quantizes &= self.num_shares == 1
-        batches = [(1, length) for length in self.warm_up_query_lens(schedule.device)]
-        batches.append(schedule.least_unsplit_batch())
-        for (num_reqs, query_len), *options in product(
-            batches,
+        lengths = [(x, True) for x in self.warm_up_query_lens(schedule.device)]
+        if (length := schedule.least_unsplit_len()) is not None:
+            lengths.append((length, False))
+        for length, *options in product(
+            lengths,
+            self.causal_modes(schedule.device),
             (False, True),
             (False, True) if quantizes else (False,),
             (False, True) if self.sees_images else (False,),
         ):
-            if num_reqs * query_len > schedule.max_num_tokens:
-                continue
-            for causal in self.causal_modes(num_reqs, schedule.device):
-                batch = DummyBatch(num_reqs, query_len, causal, *options)
+            batch = DummyBatch(*length, *options)
+            if batch.query_len <= schedule.max_num_tokens:
                 self.run_dummy_batch(layer, schedule, shares, batch)
         self.attentions.clear()  # they would keep the schedule, which has megabytes
 
-    def causal_modes(
-        self, num_reqs: int, device: torch.device
-    ) -> tuple[bool | torch.Tensor, ...]:
-        """What a batch of so many sequences may have as `causal`."""
+    def causal_modes(self, device: torch.device) -> tuple[bool | torch.Tensor, ...]:
+        """What a batch of one sequence may have as `causal`."""
         if self.is_never_causal:
             return (False,)
         if not attends_both_ways(self.vllm_config):
             return (True,)
-        return True, False, torch.ones(num_reqs, dtype=torch.bool, device=device)
+        return True, False, torch.ones(1, dtype=torch.bool, device=device)
 
     def warm_up_query_lens(self, device: torch.device) -> list[int]:
         """Lengths of a query, one for every choice that kernels make by it."""
@@ -968,20 +966,19 @@ class ConchAttentionImpl(ConchImplBase):
         shares: conch_dcp.Shares | None,
         batch: DummyBatch,
     ) -> None:
-        """Writes and attends some sequences.
+        """Writes and attends one sequence.
 
         Args:
             layer: the layer of this implementation.
             schedule: made for the layer.
             shares: likewise, if ranks share its keys.
-            batch: the sequences and what is asked for.
+            batch: the sequence and what is asked for.
         """
-        num_reqs, query_len = batch.num_reqs, batch.query_len
-        num_new = num_reqs * query_len
+        query_len = batch.query_len
         device = schedule.device
         # Fewer tokens that are read as pages are copied, see `pages_of_batch`.
         reads_batch = self.is_encoder or shares is not None
-        num_tokens = max(num_new, 2 * PAGE_MULTIPLE if reads_batch else 0)
+        num_tokens = max(query_len, 2 * PAGE_MULTIPLE if reads_batch else 0)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         if batch.packed:
             packed_rows = torch.zeros(
@@ -996,29 +993,26 @@ class ConchAttentionImpl(ConchImplBase):
                 for count in heads
             )
 
-        def full(value: int, *shape: int) -> torch.Tensor:
-            return torch.full(shape, value, dtype=torch.int32, device=device)
+        def integers(*values: int) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
 
         max_blocks = -(-query_len // schedule.shape.block_size)
-        images = full(0, num_reqs, 1, 2) if batch.has_images else None
         metadata = ConchAttentionMetadata(
-            num_actual_tokens=num_new,
+            num_actual_tokens=query_len,
             max_query_len=query_len,
-            query_start_loc=torch.arange(
-                0, num_new + 1, query_len, dtype=torch.int32, device=device
-            ),
-            seq_lens=full(query_len, num_reqs),
-            block_table=full(0, num_reqs, max_blocks),
-            slot_mapping=torch.full((num_new,), -1, device=device),
+            query_start_loc=integers(0, query_len),
+            seq_lens=integers(query_len),
+            block_table=integers(0).expand(1, max_blocks).contiguous(),
+            slot_mapping=torch.full((query_len,), -1, device=device),
             causal=batch.causal,
-            mm_prefix_range=images,
-            prefix_lens=full(1, num_reqs) if self.schedule_key.sees_prompt else None,
+            mm_prefix_range=integers(0, 0).view(1, 1, 2) if batch.has_images else None,
+            prefix_lens=integers(1) if self.schedule_key.sees_prompt else None,
             schedules={self.schedule_key: schedule},
         )
-        if shares is None:
-            metadata.query_lens = torch.full((num_reqs,), query_len)
-        else:
-            metadata.share = shares.build(num_reqs, query_len, is_empty=False)
+        if shares is None and batch.alone:
+            metadata.query_lens = torch.tensor([query_len])
+        if shares is not None:
+            metadata.share = shares.build(1, query_len, is_empty=False)
         metadata.update_schedules()
         kv_cache = bound_kv_cache(layer)
         self.write_kv_cache(layer, key, value, kv_cache, metadata.slot_mapping)
