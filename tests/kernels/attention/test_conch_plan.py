@@ -332,6 +332,34 @@ def triton_of_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     make_plan.cache_clear()
 
 
+@pytest.mark.parametrize("group, pack", [(1, 1), (4, 4), (5, 1), (6, 2), (64, 16)])
+def test_few_tiles_of_hopper(group, pack, triton_of_hopper):
+    """Heads share tiles that one head's rows would not fill; else nothing changes."""
+    shape = layer(128)._replace(num_query_heads=8 * group)
+    many, short, long = (
+        make_plan(shape, H200, 1, split_query_len=length) for length in (None, 17, 128)
+    )
+    assert many.split is None
+    packs = [chosen.prefill_pack for chosen in (many, short, long)]
+    assert packs == [1, pack, 1]
+    for chosen in short, long:
+        tiles = shape.num_query_heads // chosen.prefill_pack
+        fits = tiles <= H200.num_units
+        assert chosen.split == (plan.Split(128, tiles, 132) if fits else None)
+        others = {"split": None, "prefill_pack": 1, "head_lanes": None}
+        assert replace(chosen, **others) == many
+
+
+def test_split_plans(triton_of_hopper):
+    shape = layer(128)
+    assert make_plan(shape, H200, 1, False, True, 17).split is None
+    for device in DEVICES.values():
+        chosen = make_plan(shape, device, 1, True, False, 17)
+        assert chosen.split.max_tiles * chosen.split.head_tiles <= device.num_units
+        for config in configs(chosen):
+            assert chosen.split.keys % config.tile == 0
+
+
 @pytest.mark.parametrize("head_size", [64, 128, 256])
 def test_hopper_kernel(head_size, triton_of_hopper, monkeypatch):
     shape, paged = layer(head_size), layer(head_size, block_size=128)

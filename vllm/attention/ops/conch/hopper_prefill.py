@@ -117,9 +117,9 @@ def packed_heads(group: int, is_short: bool = False) -> int:
     """Query heads of one KV head that share a query tile, for a model with `group` of
     them: 1, or for few and short queries up to 16, a power of two that divides the
     group, to fill tiles. Tiles of one head have been faster wherever queries are longer
-    than a tile: 472 against 429 TFLOP/s at 16 x 1k tokens, 330 against 308
-    at 1k, 683 against 667 at 4 x 512 tokens over 16k keys. Only one ragged batch, 577
-    against 572, was not."""
+    than a tile: 472 against 429 TFLOP/s at 16 x 1k tokens, 330 against 308 at 1k, 683
+    against 667 at 4 x 512 tokens over 16k keys. Only one ragged batch, 577 against 572,
+    was not."""
     return min(group & -group, 16) if is_short else 1
 
 
@@ -401,7 +401,7 @@ def hopper_prefill(
         sinks,
         work,
         block_table,
-        *(None, None, None),
+        *(None, None, None),  # states: keys are not split
         varying=(work.shape[0],),
         described=Described(
             describe_tensor(query, hopper.query_box),

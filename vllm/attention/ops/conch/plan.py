@@ -595,8 +595,7 @@ def make_plan(
         portable: leave out kernels made for one architecture.
         batch_invariant: see `segments`; implies portable.
         split_query_len: longest query of a batch with few tiles of prefill rows, whose
-            keys are split, see `Split`; not if batch invariant. None: as many tiles as
-            you like.
+            keys are split, see `Split`; not if batch invariant. None: there are many.
     """
     hopper = None if portable or batch_invariant else hopper_kernel(shape, device)
     prefill, pack = plan_prefill(shape, device), shape.group

@@ -42,10 +42,10 @@ PORTABLE = {
 # Descriptors of queries that layers of one shape keep.
 MAX_QUERIES = 256
 # Rows whose parts one program combines at once, and elements of states, of all parts,
-# that it has in flight.
+# that it has in flight; and what of a layer's variant it is told.
 COMBINED_ROWS = 8
-COMBINED_CONSTANTS = ("HEAD_SIZE", "HEAD_PADDED", "FP8", "FP8_MAX")
 COMBINED_ELEMENTS = 16384
+COMBINED_CONSTANTS = ("HEAD_SIZE", "HEAD_PADDED", "FP8", "FP8_MAX")
 # Formats of the cache that kernels read as bytes.
 BYTES = ("e4m3fn", "e4m3fnuz")
 
@@ -397,6 +397,14 @@ class PreparedAttention:
         output_lse: torch.Tensor | None,
         num_items: int,
     ) -> None:
+        """Launches the prefill kernel that suits the query's address.
+
+        Args:
+            query: as for a call.
+            output: likewise.
+            output_lse: likewise.
+            num_items: items in use on the schedule's list.
+        """
         if self.hopper is not None:
             address = query.data_ptr()
             if address % 16 == 0:
