@@ -65,14 +65,15 @@ def combine_rows(
 
 @triton.jit
 def leave_partial(
-    partials, slot, acc, row_max, row_sum, row_valid,
-    BLOCK_M: tl.constexpr, HEAD_PADDED: tl.constexpr,
+    partials,  # (accumulators, row maxima, row sums)
+    slot, acc, row_max, row_sum, row_valid,
+    ROWS: tl.constexpr, HEAD_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Stores the softmax state of one worker's share of a row."""
+    """Leaves the state of a share of a tile's keys; slots have room for ROWS rows."""
     dims = tl.arange(0, HEAD_PADDED)
-    stat = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    acc_offsets = stat[:, None] * HEAD_PADDED + dims[None, :]
-    tl.store(partials[0] + acc_offsets, acc, mask=row_valid[:, None])
+    stat = slot.to(tl.int64) * ROWS + tl.arange(0, acc.shape[0])
+    offsets = stat[:, None] * HEAD_PADDED + dims[None, :]
+    tl.store(partials[0] + offsets, acc, mask=row_valid[:, None])
     tl.store(partials[1] + stat, row_max, mask=row_valid)
     tl.store(partials[2] + stat, row_sum, mask=row_valid)
 

@@ -22,6 +22,7 @@ add in the same order.
 
 from vllm.triton_utils import tl, triton
 
+from .combine import leave_partial
 from .decode import SEQUENCE_FIELDS, WORKER_FIELDS, decode_key_tiles, load_sequence
 from .limits import first_seen_key, row_limits
 from .tile import (
@@ -60,21 +61,6 @@ def clip(tiles, begin, end):
     """What of a range of tiles (first, end) lies in [begin, end)."""
     first = tl.maximum(tiles[0], begin)
     return first, tl.maximum(tl.minimum(tiles[1], end), first)
-
-
-@triton.jit
-def store_state(
-    partials,  # (accumulators, row maxima, row sums)
-    slot, acc, row_max, row_sum, row_valid,
-    ROWS: tl.constexpr, HEAD_PADDED: tl.constexpr,
-):  # fmt: skip
-    """Leaves the state of a tile of rows; slots have room for ROWS."""
-    dims = tl.arange(0, HEAD_PADDED)
-    stat = slot.to(tl.int64) * ROWS + tl.arange(0, acc.shape[0])
-    offsets = stat[:, None] * HEAD_PADDED + dims[None, :]
-    tl.store(partials[0] + offsets, acc, mask=row_valid[:, None])
-    tl.store(partials[1] + stat, row_max, mask=row_valid)
-    tl.store(partials[2] + stat, row_sum, mask=row_valid)
 
 
 @triton.jit
@@ -315,7 +301,7 @@ def segment_decode_kernel(
             )  # fmt: skip
             later = whole(later, BLOCK_M, HEAD_PADDED, PAIRED_VALUES, KV_FORMAT)
             if begin > 0:
-                store_state(
+                leave_partial(
                     partials, slot + 1 + segment - begin, later, later_max, later_sum,
                     row_valid, ROWS, HEAD_PADDED,
                 )  # fmt: skip
@@ -331,7 +317,7 @@ def segment_decode_kernel(
             )  # fmt: skip
         elif end > begin:
             if begin == 0:
-                store_state(
+                leave_partial(
                     partials, slot, acc, row_max, row_sum, row_valid, ROWS, HEAD_PADDED
                 )
             row_begin = line - begin
