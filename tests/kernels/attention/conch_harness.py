@@ -350,13 +350,16 @@ def with_tiles(
     return schedule
 
 
-def update(schedule: VarlenSchedule, batch: Batch) -> VarlenSchedule:
+def update(
+    schedule: VarlenSchedule, batch: Batch, num_prefills: int | None = None
+) -> VarlenSchedule:
     """Tells a schedule the lengths of this batch, as a metadata builder does."""
     schedule.update(
         batch.query_start_loc,
         batch.seq_lens,
         max_query_len=batch.max_query_len,
         num_tokens=len(batch.query),
+        num_prefills=num_prefills,
         mm_prefix_range=batch.mm_prefix_range,
         mm_prefix_in_window=batch.mm_prefix_in_window,
         prefix_lens=batch.prefix_lens,

@@ -50,23 +50,11 @@ def many_multiprocessors(monkeypatch):
         monkeypatch.setattr(schedule_module, "this_device", lambda index: device)
 
 
-def split_schedule(batch, num_prefills: int | None = None, **options) -> VarlenSchedule:
-    """Updated, as by a host that knows of how many prefills there are."""
+def split_schedule(batch, **options) -> VarlenSchedule:
+    """Updated, as by a host that knows how many prefills there are."""
     schedule = make_schedule(batch, **options)
-    query_lens = batch.query_start_loc.diff()
-    if num_prefills is None:
-        num_prefills = int((query_lens > schedule.longest_decode).sum())
-    schedule.update(
-        batch.query_start_loc,
-        batch.seq_lens,
-        max_query_len=batch.max_query_len,
-        num_tokens=len(batch.query),
-        num_prefills=num_prefills,
-        mm_prefix_range=batch.mm_prefix_range,
-        mm_prefix_in_window=batch.mm_prefix_in_window,
-        prefix_lens=batch.prefix_lens,
-    )
-    return schedule
+    is_prefill = batch.query_start_loc.diff() > schedule.longest_decode
+    return update(schedule, batch, num_prefills=int(is_prefill.sum()))
 
 
 def num_splits(schedule: VarlenSchedule) -> int:
@@ -97,10 +85,9 @@ def test_batches(lengths, dtype):
 def test_heads_and_pages(heads, block_size):
     num_query_heads, num_kv_heads = heads
     options = {"num_query_heads": num_query_heads, "num_kv_heads": num_kv_heads}
-    for dtype in DTYPES[:1], DTYPES[-1:]:
-        check_split(
-            make_batch([(18, LONG)], dtype=dtype[0], block_size=block_size, **options)
-        )
+    options["block_size"] = block_size
+    for dtype in DTYPES[0], DTYPES[-1]:
+        check_split(make_batch([(18, LONG)], dtype=dtype, **options))
 
 
 @pytest.mark.parametrize("head_size", [40, 64, 80, 128, 256, 512])
@@ -266,10 +253,9 @@ def test_bitwise_repeatable():
         assert torch.equal(output, expected) and torch.equal(lse, expected_lse)
 
 
-@pytest.mark.parametrize("options", [{"sliding_window": 50}, {"batch_invariant": True}])
-def test_keys_that_are_not_split(options):
-    window = options.pop("sliding_window", None)
+@pytest.mark.parametrize("window, batch_invariant", [(50, False), (None, True)])
+def test_keys_that_are_not_split(window, batch_invariant):
     batch = make_batch([(30, LONG)], num_kv_heads=1, sliding_window=window)
-    schedule = split_schedule(batch, **options)
+    schedule = split_schedule(batch, batch_invariant=batch_invariant)
     assert schedule.plan.split is None
     check(batch, schedule)
