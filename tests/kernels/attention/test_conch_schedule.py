@@ -32,6 +32,7 @@ BATCHES = {
     "mixed": [(1, LONG), (40, 75), (1, 33), (20, 20), (1, 1)],
     "no_decode": [(33, 50), (17, 17)],
     "empty": [(0, 0), (0, 5)],
+    "even": [(1, LONG // 3)] * 3,
 }
 
 
@@ -127,7 +128,9 @@ def parts_of_rows(schedule: VarlenSchedule) -> dict[tuple, list[tuple]]:
 @in_both_orders
 @pytest.mark.parametrize("num_workers", [3, 4, 16, 200])
 @pytest.mark.parametrize("num_kv_heads", [1, 4])
-@pytest.mark.parametrize("name", ["one_long", "ragged", "verify", "short", "mixed"])
+@pytest.mark.parametrize(
+    "name", ["one_long", "ragged", "verify", "short", "mixed", "even"]
+)
 def test_every_tile_is_in_one_part(name, num_kv_heads, num_workers, abreast_tiles):
     batch = make_batch(BATCHES[name], num_query_heads=16, num_kv_heads=num_kv_heads)
     schedule = make_schedule(batch, num_workers=num_workers)
@@ -201,6 +204,38 @@ def test_short_queries_beside_a_prefill_are_decodes(group, decode_query_len, lon
     check(batch, update(schedule, batch))
     assert schedule.sequences[:, 0].tolist() == [0, 1, -1, -1]
     assert set(schedule.work[:, 0].tolist()) - {-1} == {2, 3}
+
+
+@in_both_orders
+@pytest.mark.parametrize(
+    "tiles, num_workers, longest, is_whole",
+    [
+        ([5, 5, 5], 12, 3, True),  # 30 tiles of keys: 12 pieces in 6 rows
+        ([5, 5, 5], 9, 4, False),  # of 4 tiles at most there would be 12 pieces too
+        ([7], 4, 4, True),
+        ([7], 3, 5, False),
+        ([10, 3], 8, 4, True),  # 3 pieces and 1 in each of two rows
+        ([10, 3, 3], 10, 4, True),
+        ([10, 3, 3], 8, 4, False),
+        ([264], 33, 17, True),  # one tile more than 528 / 33: 16 pieces in each row
+        ([132], 33, 8, False),  # one more of eight is too much
+        ([1, 1], 9, 1, True),
+    ],
+)
+def test_rows_begin_with_a_piece(tiles, num_workers, longest, is_whole, abreast_tiles):
+    """Where workers suffice, none has tiles of two rows, and pieces are no longer."""
+    schedule = make_schedule(make_batch([(1, 1)]), num_workers=num_workers)
+    tile = schedule.plan_for(1).decode.tile
+    lengths = [(1, count * tile) for count in tiles]
+    batch = make_batch(lengths, num_query_heads=4, num_kv_heads=2)
+    schedule = make_schedule(batch, num_workers=num_workers)
+    update(planned(schedule, abreast_tiles=abreast_tiles), batch)
+    pieces = defaultdict(list)  # tiles of each part, by place
+    for parts in parts_of_rows(schedule).values():
+        for part, place in parts:
+            pieces[place].append(len(part))
+    assert max(map(sum, pieces.values())) == longest
+    assert all(len(parts) == 1 for parts in pieces.values()) == is_whole
 
 
 @pytest.mark.parametrize("neighbours", [[], [(40, 75)], [(0, 0), (33, 33)]])

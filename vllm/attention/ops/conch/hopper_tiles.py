@@ -285,18 +285,21 @@ def make_rings(cfg, dtype: gl.constexpr):
     kv_shape: gl.constexpr = [cfg.STAGES, cfg.BLOCK_N, cfg.PADDED]
     QUERIES: gl.constexpr = cfg.Q_STAGES * cfg.CONSUMERS
     q_shape: gl.constexpr = [QUERIES, CONSUMER_ROWS, cfg.PADDED]
-    return Rings(
-        gl.allocate_shared_memory(dtype, q_shape, cfg.KV_LAYOUT),
-        gl.allocate_shared_memory(dtype, kv_shape, cfg.KV_LAYOUT),
-        gl.allocate_shared_memory(dtype, kv_shape, cfg.KV_LAYOUT),
-        make_barriers(QUERIES, 1),
-        make_barriers(QUERIES, 1),
-        make_barriers(cfg.STAGES, 1),
-        make_barriers(cfg.STAGES, cfg.CONSUMERS),
-        make_barriers(cfg.STAGES, 1),
-        make_barriers(cfg.STAGES, cfg.CONSUMERS),
-        make_barriers(cfg.CONSUMERS, 1),
-    )
+    q = gl.allocate_shared_memory(dtype, q_shape, cfg.KV_LAYOUT)
+    k = gl.allocate_shared_memory(dtype, kv_shape, cfg.KV_LAYOUT)
+    v = gl.allocate_shared_memory(dtype, kv_shape, cfg.KV_LAYOUT)
+    q_full = make_barriers(QUERIES, 1)
+    q_free = make_barriers(QUERIES, 1)
+    k_full = make_barriers(cfg.STAGES, 1)
+    k_free = make_barriers(cfg.STAGES, cfg.CONSUMERS)
+    v_full = make_barriers(cfg.STAGES, 1)
+    v_free = make_barriers(cfg.STAGES, cfg.CONSUMERS)
+    # None that nobody waits for: Triton would use its memory for something else at
+    # once, and a barrier is made later than what is stored there behind it.
+    turns = q_free
+    if cfg.TURNS:
+        turns = make_barriers(cfg.CONSUMERS, 1)
+    return Rings(q, k, v, q_full, q_free, k_full, k_free, v_full, v_free, turns)
 
 
 @gluon.jit
