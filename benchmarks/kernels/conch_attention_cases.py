@@ -56,6 +56,14 @@ DECODE = [
     *(f"16q1s8k@{h}" for h in ("32/8x64", "16/8x256")),
     "16q5s8k",
 ]
+# As users have them: no powers of two, all alike or not.
+EIGHT_LENGTHS = (700, 1300, 1900, 2700, 3500, 5100, 6900, 9300)
+LENGTHS = [
+    *("1q1s700", "1q1s5000", "1q1s9000", "1q1s20000", "4q1s3000", "8q1s3000"),
+    *("1q1s5000_1q1s9000", "1q1s700_1q1s1500_1q1s2900"),
+    *("_".join(f"{n}q1s{x}" for x in EIGHT_LENGTHS) for n in (1, 2, 8)),
+    *("16q1s3000", "16q1s3000@64/8x128", "16q1s3000@8/1x128", "16q5s3000", "64q1s3000"),
+]
 FP8 = ["1q1s32k@fp8", "16q1s8k@fp8", "64q1s8k@fp8", "64q1s8k@fp8_e5m2"]
 MIXED = [
     # Skewed, and a uniform batch of as many bytes.
@@ -70,6 +78,7 @@ SHORT = ["q1k", "q8k", "q2ks32k", "1q1s1k", "1q1s32k", "64q1s8k", "q2k_64q1s4k"]
 SUITES = {
     "prefill": PREFILL,
     "decode": DECODE,
+    "lengths": LENGTHS,
     "mixed": MIXED,
     "fp8": FP8,
     "variants": VARIANTS,
