@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.attention.conch_devices import DEVICES, KIB
 from tests.kernels.attention.conch_harness import make_batch, make_schedule
-from vllm.attention.ops.conch import hopper_prefill, plan
+from vllm.attention.ops.conch import hopper_decode, hopper_prefill, plan
 from vllm.attention.ops.conch.plan import (
     MAX_DECODE_QUERY_LEN,
     AttentionPlan,
@@ -485,6 +485,38 @@ def test_which_prefills_have_a_kernel_for_hopper(
         assert make_plan.__wrapped__(shape, device, 1, portable=True).hopper is None
     monkeypatch.setattr(hopper_prefill, "TRITON_VERSIONS", ("0.",))
     assert make_plan.__wrapped__(shape, DEVICES["H200"], 1).hopper is None
+
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        (layer(128), True),
+        (layer(128, FP16, group=64, block_size=48), True),
+        (layer(72, group=1), True),
+        (layer(128, group=7), False),
+        (layer(128, group=128), False),
+        (layer(64), False),
+        (layer(256), False),
+        (layer(128, FP32), False),
+        (layer(128, BF16, E4M3), False),
+        (layer(128, E4M3), False),
+    ],
+)
+def test_which_decodes_have_a_kernel_for_hopper(
+    shape, expected, triton_of_hopper, monkeypatch
+):
+    for length in (1, MAX_DECODE_QUERY_LEN):
+        chosen = make_plan(shape, H200, length)
+        assert chosen.hopper_decode == expected
+        if expected:  # the tensor cores' rows hold a tile of query rows, whole heads
+            assert shape.group <= chosen.decode.block_m <= hopper_decode.CONSUMER_ROWS
+    assert not portable(shape, H200).hopper_decode
+    assert not make_plan(shape, H200, 1, batch_invariant=True).hopper_decode
+    for name, device in ALL_DEVICES.items():
+        assert name == "H200" or not make_plan(shape, device, 1).hopper_decode
+    monkeypatch.setattr(hopper_prefill, "TRITON_VERSIONS", ("0.",))
+    make_plan.cache_clear()
+    assert not make_plan(shape, H200, 1).hopper_decode
 
 
 @pytest.mark.parametrize("head_size", [64, 128, 256, 512])

@@ -14,7 +14,7 @@ import torch
 
 from vllm.triton_utils import triton
 
-from . import hopper_fp8_prefill, hopper_prefill
+from . import hopper_decode, hopper_fp8_prefill, hopper_prefill
 from .checks import reject
 
 QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -183,6 +183,7 @@ class AttentionPlan:
     # "16-bit" or "fp8": that Hopper kernel does prefills, where strides and options
     # allow.
     hopper: str | None
+    hopper_decode: bool  # decodes have a Hopper kernel too, where the same allow
     kv_format: str | None  # KV_FORMAT of kv_format.py
     unpacking: str  # of quantised K and V: "ptx" or "triton"; see kv_format.widen
     num_workers: int  # programs of the decode kernel, all resident at once
@@ -516,6 +517,17 @@ def hopper_kernel(shape: Shape, device: Device) -> str | None:
     return None
 
 
+def has_hopper_decode(shape: Shape, hopper: str | None) -> bool:
+    """Whether decodes of this shape have a Hopper kernel, where prefills have."""
+    return hopper == "16-bit" and hopper_decode.supports(
+        head_size=shape.head_size,
+        group=shape.group,
+        block_size=shape.block_size,
+        query_dtype=shape.query_dtype,
+        kv_dtype=shape.kv_dtype,
+    )
+
+
 # Keys of a segment, where results do not depend on the batch. On an H200, 32/8 heads of
 # 128 in bf16, segments of 256, 512, 1024 and 2048 keys take, in us: 1 x 8k 27, 26, 31
 # and 49; 8 x 1k 23, 26, 27, 28; 1 x 32k 78, 63, 54, 64; 64 x 8k 545, 501, 497, 495.
@@ -634,6 +646,7 @@ def make_plan(
         prefill_rows=rows,
         head_lanes=head_lanes(head_tiles, device.num_xcds),
         hopper=hopper,
+        hopper_decode=has_hopper_decode(shape, hopper),
         kv_format=plan_kv_format(shape.kv_dtype, device),
         unpacking=plan_unpacking(shape, device),
         num_workers=2 * device.num_units,

@@ -9,7 +9,7 @@ import torch
 
 from vllm.triton_utils import triton
 
-from . import hopper_fp8_prefill, hopper_prefill
+from . import hopper_decode, hopper_fp8_prefill, hopper_prefill
 from .arguments import (
     FEATURES,
     PER_SEQUENCE,
@@ -34,7 +34,7 @@ from .segments import segment_decode_kernel
 from .softmax import LOG2_E
 from .token_head_cache import offset_in_page
 
-# What the Hopper prefill kernels do not take.
+# What the Hopper kernels do not take.
 PORTABLE = {
     "16-bit": {"q_scale", "k_scale", "v_scale", *FEATURES} - {"sinks"},
     "fp8": set(FEATURES) - {"sinks"},
@@ -152,8 +152,9 @@ class Launches(NamedTuple):
     decode: Launch
     prefill: Launch
     boxes: Launch | None  # prefill with K and V in boxes, where addresses suit
-    # Prefill by the Hopper kernel of the plan, where addresses suit.
-    hopper: HopperLaunch | None
+    # By Hopper's kernels, where addresses suit.
+    hopper_decode: HopperLaunch | None
+    hopper_prefill: HopperLaunch | None
     combine: Launch | None  # of prefills whose keys are split
 
 
@@ -262,27 +263,41 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         specs["key_cache"], specs["value_cache"]
     ):
         boxes = plan_prefill(plan.prefill_boxes)
-    hopper = None
+    on_hopper = on_hopper_decode = None
     if (
         plan.hopper is not None
         and sight.chunk_lookback < 0
         and specs.keys().isdisjoint(PORTABLE[plan.hopper])
         and specs["output"].dtype in hopper_prefill.DTYPES
-        and (lse is None or lse.strides[0] == shape.num_query_heads)
         and strides_suit_tma(specs["query"], specs["key_cache"], specs["value_cache"])
     ):
-        module = hopper_fp8_prefill if plan.hopper == "fp8" else hopper_prefill
-        hopper = module.plan_launch(
-            *(specs[n] for n in ("query", "key_cache", "output", "block_table")),
-            HopperOptions(
-                plan.prefill_pack,
-                options.scale,
-                options.causal,
-                sight.sliding_window,
-                options.softcap,
-                plan.split is not None,
-            ),
-        )
+        tensors = [specs[n] for n in ("query", "key_cache", "output")]
+        if plan.hopper_decode and options.softcap == 0:
+            on_hopper_decode = hopper_decode.plan_launch(
+                *tensors,
+                lse,
+                specs["block_table"],
+                block_m=plan.decode.block_m,
+                tile=plan.decode.tile,
+                workers=options.num_workers,
+                scale=options.scale,
+                causal=options.causal,
+                sliding_window=sight.sliding_window,
+            )
+        if lse is None or lse.strides[0] == shape.num_query_heads:
+            module = hopper_fp8_prefill if plan.hopper == "fp8" else hopper_prefill
+            on_hopper = module.plan_launch(
+                *tensors,
+                specs["block_table"],
+                HopperOptions(
+                    plan.prefill_pack,
+                    options.scale,
+                    options.causal,
+                    sight.sliding_window,
+                    options.softcap,
+                    plan.split is not None,
+                ),
+            )
     combine = None
     if plan.split is not None:
         combine = Launch(
@@ -299,7 +314,55 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
                 **{name: variant[name] for name in COMBINED_CONSTANTS},
             ),
         )
-    return Launches(decode, plan_prefill(plan.prefill), boxes, hopper, combine)
+    prefill = plan_prefill(plan.prefill)
+    return Launches(decode, prefill, boxes, on_hopper_decode, on_hopper, combine)
+
+
+class HopperAttention:
+    """The launch of a Hopper kernel with all tensors given that calls have in common.
+
+    It reads queries and pages through TMA.
+    """
+
+    def __init__(
+        self,
+        hopper: HopperLaunch,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        *tensors: torch.Tensor | None,
+    ) -> None:
+        """Binds the launch to the caches, which TMA can read, and its last tensors."""
+        launch, self.query_box, page_box, self.queries = hopper
+        pages = (hopper_prefill.describe_pages(cache, page_box) for cache in caches)
+        self.launch = launch.bind(*tensors, described=Described(*pages))
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        output_lse: torch.Tensor | None,
+        varying: tuple[int, ...] = (),
+    ) -> bool:
+        """Launches, unless TMA cannot read queries at this address: then False."""
+        address = query.data_ptr()
+        if address % 16:
+            return False
+        queries = self.queries.get((address, query.numel()))
+        if queries is None:
+            queries = self.describe_queries(query)
+        self.launch(output, output_lse, varying=varying, described=queries)
+        return True
+
+    def describe_queries(self, query: torch.Tensor) -> Described:
+        """The query's descriptor, kept for other layers and steps.
+
+        It is right for all of this dtype and these strides with as many elements at
+        the same address, as it holds nothing else of the tensor.
+        """
+        if len(self.queries) >= MAX_QUERIES:
+            self.queries.clear()
+        queries = Described(hopper_prefill.describe_tensor(query, self.query_box))
+        self.queries[query.data_ptr(), query.numel()] = queries
+        return queries
 
 
 class PreparedAttention:
@@ -340,34 +403,37 @@ class PreparedAttention:
             plan.prefill_rows // plan.prefill.block_m,  # for each item
         )
         caches, options = (key_cache, value_cache), (*scales, *features)
-        self.decode = launches.decode.bind(
-            *caches,
+        decode_work = (
             block_table,
             schedule.workers,
             schedule.sequences,
             *schedule.partials,
             schedule.arrivals,
-            *options,
         )
-        self.hopper = self.combine = None
+        self.decode = launches.decode.bind(*caches, *decode_work, *options)
+        self.combine = None
         states = schedule.states if plan.split is not None else (None, None, None)
+        sinks, *_, output_scale = features
         if launches.combine is not None:
             v_scale = None if shape.token_scales else scales[2]
-            sinks, *_, output_scale = features
             work = (schedule.items, schedule.splits, *states)
             self.combine = launches.combine.bind(*work, v_scale, sinks, output_scale)
+        self.hopper_decode = self.hopper_prefill = None
         prefill, boxes = launches.prefill, Described(None, None)
         config, aligned = plan.prefill_boxes, is_aligned(*caches)
-        if launches.hopper and aligned:
-            launch, self.query_box, page_box, self.queries = launches.hopper
-            pages = (hopper_prefill.describe_pages(c, page_box) for c in caches)
-            work = (schedule.items, block_table, *states)
-            sinks = features[FEATURES.index("sinks")]
-            self.hopper = launch.bind(
+        if launches.hopper_decode and aligned:
+            self.hopper_decode = HopperAttention(
+                launches.hopper_decode, caches, *decode_work, sinks
+            )
+        if launches.hopper_prefill and aligned:
+            self.hopper_prefill = HopperAttention(
+                launches.hopper_prefill,
+                caches,
                 sinks,
-                *work,
+                schedule.items,
+                block_table,
+                *states,
                 *(scales if plan.hopper == "fp8" else ()),
-                described=Described(*pages),
             )
         if config and launches.boxes and aligned:
             prefill, box = launches.boxes, (config.tile, shape.head_padded)
@@ -383,52 +449,22 @@ class PreparedAttention:
     ) -> None:
         """Attends; arguments as for `varlen_attention`, an output in fp8 as bytes."""
         schedule = self.schedule
-        if schedule.has_decodes:
+        if schedule.has_decodes and not (
+            self.hopper_decode and self.hopper_decode(query, output, output_lse)
+        ):
             self.decode(output, output_lse, query)
-        if schedule.num_items > 0:
-            self.launch_prefill(query, output, output_lse, schedule.num_items)
-            if self.combine is not None:
-                self.combine(output, output_lse)
-
-    def launch_prefill(
-        self,
-        query: torch.Tensor,
-        output: torch.Tensor,
-        output_lse: torch.Tensor | None,
-        num_items: int,
-    ) -> None:
-        """Launches the prefill kernel that suits the query's address.
-
-        Args:
-            query: as for a call.
-            output: likewise.
-            output_lse: likewise.
-            num_items: items in use on the schedule's list.
-        """
-        if self.hopper is not None:
-            address = query.data_ptr()
-            if address % 16 == 0:
-                queries = self.queries.get((address, query.numel()))
-                if queries is None:
-                    queries = self.describe_queries(query)
-                varying = (num_items,)
-                self.hopper(output, output_lse, varying=varying, described=queries)
-                return
-        head_tiles, item_tiles = self.prefill_grid
-        grid = (head_tiles, num_items * item_tiles)
-        self.prefill(output, output_lse, query, grid=grid)
-
-    def describe_queries(self, query: torch.Tensor) -> Described:
-        """The query's descriptor, kept for other layers and steps.
-
-        It is right for all of this dtype and these strides with as many elements at
-        the same address, as it holds nothing else of the tensor.
-        """
-        if len(self.queries) >= MAX_QUERIES:
-            self.queries.clear()
-        queries = Described(hopper_prefill.describe_tensor(query, self.query_box))
-        self.queries[query.data_ptr(), query.numel()] = queries
-        return queries
+        num_items = schedule.num_items
+        if num_items == 0:
+            return
+        if not (
+            self.hopper_prefill
+            and self.hopper_prefill(query, output, output_lse, (num_items,))
+        ):
+            head_tiles, item_tiles = self.prefill_grid
+            grid = (head_tiles, num_items * item_tiles)
+            self.prefill(output, output_lse, query, grid=grid)
+        if self.combine is not None:
+            self.combine(output, output_lse)
 
 
 def varlen_attention(
