@@ -113,9 +113,7 @@ def compile_decode(case: DecodeCase) -> Resources:
         "checks", "hopper_prefill", "hopper_decode", "plan"
     )
     heads = NUM_KV_HEADS * GROUP
-    shape = plan.Shape(
-        heads, NUM_KV_HEADS, case.head_size, case.block_size, BF16, BF16
-    )
+    shape = plan.Shape(heads, NUM_KV_HEADS, case.head_size, case.block_size, BF16, BF16)
     chosen = plan.make_plan(shape, DEVICES["H200"], case.max_query_len)
     assert chosen.hopper_decode
     query = tensor(3000, heads, case.head_size, dtype=BF16)
