@@ -153,7 +153,7 @@ def test_what_the_portable_kernel_does(options, launched):
 
 
 def test_queries_that_tma_cannot_read(launched):
-    """An address between two units of 16 bytes: that launch is the portable kernel's."""
+    """At an address between two units of 16 bytes: the portable kernel's."""
     batch = make(BATCHES["verify"])
     rows = torch.empty(batch.query.numel() + 4, dtype=BF16, device="cuda")[4:]
     shifted = rows.view(batch.query.shape)

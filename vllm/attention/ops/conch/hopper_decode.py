@@ -2,9 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Decode attention for Hopper: the host side of `hopper_decode_kernel`.
 
-It takes the place of `decode_kernel` with the same work list, partials and results, where
-its TMA can read queries and pages. Availability and descriptors are those of
-`hopper_prefill`.
+It takes the place of `decode_kernel`, with the same work list and partials, where TMA
+can read queries and pages. Availability and descriptors are those of `hopper_prefill`.
 """
 
 import torch
@@ -21,14 +20,14 @@ from .hopper_prefill import (
 )
 from .launch import Launch
 
-# Heads of 64 are not among them: on an H200 16 x 8k take 86 us in this kernel, 82 in the
-# portable one. Those of 256 have no registers for two programs on a multiprocessor.
+# Not 64: on an H200 16 x 8k take 86 us in this kernel, 82 in the portable one. Two
+# programs on a multiprocessor have no registers for heads of 256.
 HEAD_SIZES = range(72, 129, 8)
 # Of K and V in flight in each of two programs on a multiprocessor.
 RING_BYTES = 96 * 1024
 REGISTERS = 128  # of a thread, on average: what two programs can have
-# Partials that are loaded at once: 1 x 8k, with 32 parts a row, take 21.4 us so, 22.3 in
-# two rounds.
+# Partials that are loaded at once: 1 x 8k, with 32 parts a row, take 21.4 us so, and
+# 22.3 in two rounds.
 PARTS = 32
 
 
@@ -72,9 +71,9 @@ def plan_launch(
     """Plans the launch of the decodes on a schedule's list.
 
     Its tensors: output, output_lse, block_table, workers, sequences, the three of
-    partials, arrivals, sinks. In the same runs as above ragged batches of 8, 16 and 64
-    sequences take 49.4, 78.3 and 249 us, by the portable kernel 52.5, 82.5 and 260, as
-    the next row's keys are on their way while a row ends; 64 x 8k take 490 and 489.
+    partials, arrivals, sinks. On an H200 ragged batches of 8, 16 and 64 sequences take
+    49.4, 78.3 and 249 us, by the portable kernel 52.5, 82.5 and 260, as the next row's
+    keys are on their way while a row ends; 64 x 8k take 490 and 489.
 
     Args:
         query: as for `hopper_prefill`.

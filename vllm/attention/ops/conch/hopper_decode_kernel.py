@@ -10,9 +10,8 @@ keys, and few instructions stand between the start and the first tile, which in 
 batches is what takes the time.
 
 The consumer's loop is that of `hopper_prefill_kernel`: Q.K of a tile is issued beside
-P.V of the tile before it. Query rows are all heads of a group, token by token; of the 64
-rows of a matrix instruction most are empty, which costs nothing that memory does not
-cost anyway.
+P.V of the tile before it. Query rows are all heads of a group, token by token. Of the
+64 rows of a matrix instruction most are empty; memory takes longer all the same.
 """
 
 from triton.experimental import gluon
@@ -593,7 +592,8 @@ def consumer(
     do_not_specialize=["block_table", "block_table_stride", "lse_stride", "window"],
 )
 def hopper_decode_kernel(
-    q_desc,  # [num_tokens, num_query_heads, HEAD_SIZE], box [BLOCK_M / GROUP, GROUP, 64]
+    # [num_tokens, num_query_heads, HEAD_SIZE], box [BLOCK_M / GROUP, GROUP, 64]
+    q_desc,
     k_desc,  # [num_blocks, PAGE, NUM_KV_HEADS, HEAD_SIZE], box [1, BOX, 1, 64]
     v_desc,  # like k_desc
     output,  # [num_tokens, num_query_heads, HEAD_SIZE]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What the Hopper prefill kernel's warps share: the configuration, shared memory, the
+"""What the warps of Hopper's kernels share: the configuration, shared memory, the
 batch, and which query rows and key tiles a work item is made of."""
 
 from triton.experimental import gluon

@@ -271,12 +271,11 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         and specs["output"].dtype in hopper_prefill.DTYPES
         and strides_suit_tma(specs["query"], specs["key_cache"], specs["value_cache"])
     ):
-        tensors = [specs[n] for n in ("query", "key_cache", "output")]
+        names = ("query", "key_cache", "output", "block_table")
+        query, key_cache, output, block_table = (specs[name] for name in names)
         if plan.hopper_decode and options.softcap == 0:
             on_hopper_decode = hopper_decode.plan_launch(
-                *tensors,
-                lse,
-                specs["block_table"],
+                *(query, key_cache, output, lse, block_table),
                 block_m=plan.decode.block_m,
                 tile=plan.decode.tile,
                 workers=options.num_workers,
@@ -287,8 +286,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         if lse is None or lse.strides[0] == shape.num_query_heads:
             module = hopper_fp8_prefill if plan.hopper == "fp8" else hopper_prefill
             on_hopper = module.plan_launch(
-                *tensors,
-                specs["block_table"],
+                *(query, key_cache, output, block_table),
                 HopperOptions(
                     plan.prefill_pack,
                     options.scale,
