@@ -263,7 +263,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         specs["key_cache"], specs["value_cache"]
     ):
         boxes = plan_prefill(plan.prefill_boxes)
-    on_hopper = on_hopper_decode = None
+    on_hopper_decode = on_hopper_prefill = None
     if (
         plan.hopper is not None
         and sight.chunk_lookback < 0
@@ -285,7 +285,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
             )
         if lse is None or lse.strides[0] == shape.num_query_heads:
             module = hopper_fp8_prefill if plan.hopper == "fp8" else hopper_prefill
-            on_hopper = module.plan_launch(
+            on_hopper_prefill = module.plan_launch(
                 *(query, key_cache, output, block_table),
                 HopperOptions(
                     plan.prefill_pack,
@@ -313,7 +313,8 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
             ),
         )
     prefill = plan_prefill(plan.prefill)
-    return Launches(decode, prefill, boxes, on_hopper_decode, on_hopper, combine)
+    hopper = (on_hopper_decode, on_hopper_prefill)
+    return Launches(decode, prefill, boxes, *hopper, combine)
 
 
 class HopperAttention:
