@@ -201,18 +201,21 @@ def make_query(
 
 
 def make_block_table(
-    page_ranges: Sequence[tuple[int, int]], shared_pages: int
+    page_ranges: Sequence[tuple[int, int]], shared_pages: int, frees_pages: bool
 ) -> tuple[torch.Tensor, int]:
     """Random pages for each sequence's [begin, end) pages, and the pool's size.
 
-    Block 0 belongs to nobody; entries outside the range are random huge numbers.
-    The first `shared_pages` pages are the same for all sequences.
+    Block 0 belongs to nobody; entries outside the range are random huge numbers, or
+    those before it 0 if `frees_pages`. The first `shared_pages` pages are the same for
+    all sequences.
     """
     width = max((end for _, end in page_ranges), default=0) + 2
     table = torch.randint(2**30, 2**31 - 1, (len(page_ranges), width))
     num_blocks = 2 + shared_pages + sum(end for _, end in page_ranges)
     shared, free = (1 + torch.randperm(num_blocks - 1)).tensor_split([shared_pages])
     for row, (begin, end) in zip(table, page_ranges):
+        if frees_pages:
+            row[:begin] = 0
         row[begin:end], free = free[: end - begin], free[end - begin :]
         reused = slice(begin, min(end, shared_pages))
         row[reused] = shared[reused]
@@ -232,6 +235,7 @@ def make_batch(
     layout: str = "NHD",
     padding: int = 3,
     shared_pages: int = 0,
+    frees_pages: bool = False,
     logit_std: float = 1.0,
     value_mean: float = 0.5,
     causal: bool | torch.Tensor = True,
@@ -248,8 +252,9 @@ def make_batch(
 
     NaN stands in block 0, in every slot past a sequence's end, in every page
     before the window and in the padding rows of the query; the block-table
-    entries of such pages are huge. Features are further fields of `Batch`. dtype is
-    the output's where query_dtype is given.
+    entries of such pages are huge, or with frees_pages, before the window, block 0's,
+    as vLLM's are. Features are further fields of `Batch`. dtype is the output's where
+    query_dtype is given.
     """
     torch.manual_seed(seed)
     pages = []
@@ -258,7 +263,7 @@ def make_batch(
     for i, (query_len, seq_len) in enumerate(lengths):
         begin = first_visible_key(query_len, seq_len, **sequence_rule(i, **rules))
         pages.append((begin // block_size, -(-seq_len // block_size)))
-    table, num_blocks = make_block_table(pages, shared_pages)
+    table, num_blocks = make_block_table(pages, shared_pages, frees_pages)
     cache_shape = (layout, num_blocks, block_size, num_kv_heads, head_size)
     caches = make_caches(*cache_shape, kv_dtype or dtype, device)
     means, scales = (0.0, value_mean), (k_scale, v_scale)

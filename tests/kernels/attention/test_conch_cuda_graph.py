@@ -126,6 +126,9 @@ OPTIONS = {"plain": {}}
 if ON_GPU:
     UPDATES.append("batch")
     OPTIONS["window"] = {"sliding_window": 100}
+    # Whose decodes have a kernel of Hopper's own.
+    OPTIONS["head_128"] = {"head_size": 128}
+    OPTIONS["head_128_window"] = {"head_size": 128, "sliding_window": 100}
     OPTIONS["fp8_softcap"] = {
         "kv_dtype": KV_FP8_DTYPES[0],
         "k_scale": 0.5,

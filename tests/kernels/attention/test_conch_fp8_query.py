@@ -174,6 +174,7 @@ RAGGED = [(1000, 1000), (1, 1500), (300, 2011), (0, 0), (129, 129), (700, 13), (
         {"block_size": 528, "layout": "unlike", "dtype": torch.float16},
         {"block_size": 128, "sliding_window": 200},
         {"block_size": 16, "sliding_window": 100, "causal": False},
+        {"block_size": 16, "sliding_window": 60, "frees_pages": True},
         {"block_size": 64, "softcap": 20.0, "logit_std": 10.0, **SCALES},
     ],
     ids=str,

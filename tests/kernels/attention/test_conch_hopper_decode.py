@@ -77,6 +77,8 @@ def check_batch(batch: Batch, schedule=None) -> None:
         {"head_size": 96, "sliding_window": 700},
         {"head_size": 112, "causal": False},
         {"sliding_window": 1},
+        {"sliding_window": 60, "frees_pages": True},
+        {"sliding_window": 2**31 - 1},
         {"sliding_window": 100, "causal": False},
         {"logit_std": 20.0},
     ],

@@ -238,6 +238,19 @@ def test_rows_begin_with_a_piece(tiles, num_workers, longest, is_whole, abreast_
     assert all(len(parts) == 1 for parts in pieces.values()) == is_whole
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_no_piece_has_a_segment_more(batch_invariant):
+    """Where workers have slots for so many segments, one more could be too much."""
+    options = {"num_workers": 33, "batch_invariant": batch_invariant}
+    schedule = make_schedule(make_batch([(1, 1)]), **options)
+    plan = schedule.plan_for(1)
+    seq_len = 264 * (plan.segment or plan.decode.tile)
+    batch = make_batch([(1, seq_len)], num_query_heads=4, num_kv_heads=2)
+    schedule = update(make_schedule(batch, **options), batch)
+    # In 33 pieces of 2 rows there are 16 tiles, in 16 pieces of each row 16 or 17.
+    assert schedule.workers[0, 9] == (16 if batch_invariant else 17)
+
+
 @pytest.mark.parametrize("neighbours", [[], [(40, 75)], [(0, 0), (33, 33)]])
 def test_a_long_decode_keeps_all_workers_busy(neighbours):
     """Also beside a prefill: each worker leaves a partial of the row that was cut."""

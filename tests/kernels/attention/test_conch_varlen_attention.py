@@ -241,6 +241,14 @@ def test_sliding_window(block_size, window, causal):
         )
 
 
+@pytest.mark.parametrize("window", [2, 17, 40])
+@pytest.mark.parametrize("lengths", [[(1, 150), (4, 133)], [(70, 150), (1, 149)]])
+def test_pages_before_the_window_are_block_0(lengths, window):
+    """As in vLLM, whose block table has 0 where pages were freed; there it is NaN."""
+    options = {"frees_pages": True, "sliding_window": window, "dtype": torch.float16}
+    check(make_batch(lengths, num_query_heads=2, num_kv_heads=1, **options))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["prefill", "speculative_verify", "mixed"])
 def test_non_causal(name, dtype):
@@ -378,6 +386,8 @@ def test_max_query_len_is_only_an_upper_bound():
         {"block_size": 48, "num_query_heads": 8, "num_kv_heads": 8},
         {"block_size": 128, "sliding_window": 200},
         {"block_size": 16, "sliding_window": 100, "causal": False},
+        {"block_size": 16, "sliding_window": 60, "frees_pages": True},
+        {"block_size": 16, "sliding_window": 2**31 - 1},
         {"block_size": 64, "softcap": 20.0, "logit_std": 10.0},
         {"block_size": 64, "kv_dtype": KV_FP8_DTYPES[0], "v_scale": 2.0},
     ],

@@ -6,7 +6,8 @@ Bound by reading K and V, so the work is cut by keys: all tiles of all decode ro
 (sequence, tile of query rows, KV head) form one line, and each worker takes an
 equal contiguous piece of it (stream-K, Osama et al. 2023; LeanAttention, Sanovar
 et al. 2024).  A piece holds the end of one row, whole rows, and the start of
-another.  Whole rows are written at once.  Of a row that was cut, every worker
+another, or, where rows begin with a piece (`schedule.whole_pieces`), tiles of one
+row.  Whole rows are written at once.  Of a row that was cut, every worker
 leaves an fp32 partial, and the last one to arrive combines them in the order of
 the keys (FlashDecoding, Dao et al. 2023), so results do not depend on timing.
 """
@@ -32,9 +33,10 @@ from .tile import (
 # One sequence of the list: sequence, query_start, query_len, seq_len.
 SEQUENCE_FIELDS: tl.constexpr = tl.constexpr(4)
 # One worker: the sequence it starts in (the same four fields), that sequence's entry
-# in the list, KV head, tile of query rows and tile of keys there, number of tiles, the
-# number of tiles of every piece but the last, heads abreast, piece of its line, and the
-# place of that line's first piece among all pieces.
+# in the list, KV head, tile of query rows and tile of keys there, number of tiles, how
+# many a piece has but where its line or, if rows begin with a piece, its row ends,
+# heads abreast, piece of its line, and the place of that line's first piece among all
+# pieces.
 WORKER_FIELDS: tl.constexpr = tl.constexpr(16)
 # Rows that are combined at once.
 COMBINE_ROWS: tl.constexpr = tl.constexpr(4)

@@ -232,13 +232,20 @@ def next_row(cfg, place, line, sequences, num_tiles):
 
 
 @gluon.jit
+def first_seen_key(cfg, place, window):
+    """The first key that any query of the sequence sees."""
+    key = place.tile * 0
+    if cfg.WINDOWED:
+        position = place.seq_len - place.query_len
+        key = gl.maximum(position - window + 1, 0)
+    return key
+
+
+@gluon.jit
 def row_tiles(cfg, place, window):
     """The first tile of the row's keys, their number, and how many of them are the
     worker's."""
-    first = place.tile * 0
-    if cfg.WINDOWED:
-        position = place.seq_len - place.query_len
-        first = gl.maximum(position - window + 1, 0) // cfg.BLOCK_N
+    first = first_seen_key(cfg, place, window) // cfg.BLOCK_N
     total = gl.maximum(gl.cdiv(place.seq_len, cfg.BLOCK_N) - first, 1)
     return first, total, gl.minimum(place.remaining, total - place.tile)
 
@@ -284,28 +291,29 @@ def producer(
     while place.remaining > 0:
         first, _, num_tiles = row_tiles(cfg, place, window)
         pages = block_table + place.seq.to(gl.int64) * block_table_stride
+        first_page = first_seen_key(cfg, place, window) // cfg.PAGE
         last_page = gl.maximum(place.seq_len - 1, 0) // cfg.PAGE
         begin = first + place.tile
         last = begin + num_tiles - 1
         load_tile(
-            cfg, k_desc, rings.k, rings.k_full, rings.k_free, count, pages, last_page,
-            place.kv_head, last,
+            cfg, k_desc, rings.k, rings.k_full, rings.k_free, count, pages,
+            first_page, last_page, place.kv_head, last,
         )  # fmt: skip
         # Second, as its place may be in use until the row before ends.
         load_queries(cfg, rings, q_desc, place, turn)
         load_tile(
-            cfg, v_desc, rings.v, rings.v_full, rings.v_free, count, pages, last_page,
-            place.kv_head, last,
+            cfg, v_desc, rings.v, rings.v_full, rings.v_free, count, pages,
+            first_page, last_page, place.kv_head, last,
         )  # fmt: skip
         count += 1
         for tile in range(last - 1, begin - 1, -1):
             load_tile(
                 cfg, k_desc, rings.k, rings.k_full, rings.k_free, count, pages,
-                last_page, place.kv_head, tile,
+                first_page, last_page, place.kv_head, tile,
             )  # fmt: skip
             load_tile(
                 cfg, v_desc, rings.v, rings.v_full, rings.v_free, count, pages,
-                last_page, place.kv_head, tile,
+                first_page, last_page, place.kv_head, tile,
             )  # fmt: skip
             count += 1
         turn += 1
@@ -319,10 +327,10 @@ def producer(
 def mask_scores(cfg, s, position, seq_len, window, first_key):
     """-inf where a row must not see a key.  s: [64, BLOCK_N], position: [64]"""
     end = position * 0 + seq_len
-    if cfg.WINDOWED:
-        end = gl.minimum(end, position + window)
     if cfg.CAUSAL:
         end = gl.minimum(end, position + 1)
+    elif cfg.WINDOWED:
+        end = gl.minimum(end, position + window)
     keys = gl.arange(0, cfg.BLOCK_N, gl.SliceLayout(0, cfg.S_LAYOUT))
     keys = gl.expand_dims(keys, 0)
     s = keep_if("lt", s, keys, end - first_key)
@@ -367,7 +375,7 @@ def attend_row(cfg, rings, place, count, turn, begin, num_tiles, scale_log2, win
     seen_by_all = place.seq_len
     if cfg.CAUSAL:
         seen_by_all = gl.minimum(seen_by_all, position + 1)
-    if cfg.WINDOWED:
+    elif cfg.WINDOWED:
         seen_by_all = gl.minimum(seen_by_all, position + window)
     position += gl.arange(0, CONSUMER_ROWS, LAYOUT) // cfg.GROUP
     tile = begin + num_tiles - 1

@@ -48,6 +48,7 @@ from .hopper_tiles import (
     MASK_UPPER,
     Batch,
     fence_async_shared,
+    first_seen_page,
     is_split,
     load_item,
     make_barriers,
@@ -323,11 +324,12 @@ def producer(cfg, batch, rings, q_desc, k_desc, v_desc):
         begin, end = tile_range(cfg, batch, item)
         kv_head = item.head_tile * cfg.PACK // cfg.GROUP
         pages = batch.block_table + item.seq.to(gl.int64) * batch.block_table_stride
+        first_page = first_seen_page(cfg, batch, item)
         last_page = gl.maximum(item.seq_len - 1, 0) // cfg.PAGE
         load_queries(cfg, rings, q_desc, item, turn % 2)
         for tile in range(end - 1, begin - 1, -1):
             first_key = tile * cfg.BLOCK_N
-            page_ids = load_page_ids(cfg, pages, last_page, first_key)
+            page_ids = load_page_ids(cfg, pages, first_page, last_page, first_key)
             load_tile(
                 cfg, k_desc, k_panels, rings.k_full, rings.k_free, count, page_ids,
                 first_key, kv_head,

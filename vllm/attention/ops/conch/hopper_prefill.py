@@ -237,7 +237,8 @@ class HopperOptions(NamedTuple):
 class HopperLaunch(NamedTuple):
     """A launch, and the boxes in which it reads queries and pages through TMA.
 
-    What varies: the number of work items. Descriptors: of query, keys and values.
+    What varies: the number of work items, in prefill. Descriptors: of query, keys and
+    values.
     """
 
     launch: Launch

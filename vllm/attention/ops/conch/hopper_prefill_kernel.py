@@ -28,6 +28,7 @@ from .hopper_tiles import (
     Batch,
     Config,
     fence_async_shared,
+    first_seen_page,
     is_split,
     load_item,
     make_rings,
@@ -45,6 +46,7 @@ from .hopper_tiles import (
 
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
+NO_PAGE = gl.constexpr(2**30)  # more than any cache has
 
 
 @gluon.jit
@@ -61,18 +63,24 @@ def query_slot(cfg, CONSUMER: gl.constexpr, turn):
 
 
 @gluon.jit
-def load_page_ids(cfg, pages, last_page, first_key):
+def load_page_ids(cfg, pages, first_page, last_page, first_key):
     """Page of every box of a tile. Past the sequence's end the table may hold
-    anything: repeat the last page; the consumers mask (K) or clear (V) its rows."""
+    anything: repeat the last page; the consumers mask (K) or clear (V) its rows.
+    Before the window pages may be somebody else's: none, which reads as zeros."""
     ids = ()
     for box in gl.static_range(cfg.BLOCK_N // cfg.BOX):
         page = (first_key + box * cfg.BOX) // cfg.PAGE
-        ids = ids + (gl.load(pages + gl.minimum(page, last_page)),)  # type: ignore
+        page_id = gl.load(pages + gl.minimum(page, last_page))
+        if cfg.WINDOWED:
+            page_id = gl.where(page < first_page, NO_PAGE, page_id)
+        ids = ids + (page_id,)  # type: ignore
     return ids
 
 
 @gluon.jit
-def load_tile(cfg, desc, ring, full, free, count, pages, last_page, kv_head, tile):
+def load_tile(
+    cfg, desc, ring, full, free, count, pages, first_page, last_page, kv_head, tile
+):
     """Fetch key tile `tile` into the ring's next slot, one TMA box per page piece
     and panel. Columns past the head are 0 in the last panel and unset after it, where
     they only reach output columns that are not stored."""
@@ -85,7 +93,8 @@ def load_tile(cfg, desc, ring, full, free, count, pages, last_page, kv_head, til
         ring.dtype, [cfg.STAGES * PANELS, cfg.BLOCK_N, PANEL], cfg.KV_LAYOUT
     )
     first_key = tile * cfg.BLOCK_N
-    page_ids = load_page_ids(cfg, pages, last_page, first_key)  # before the wait
+    # Before the wait.
+    page_ids = load_page_ids(cfg, pages, first_page, last_page, first_key)
     mbarrier.wait(free.index(slot), ring_phase(cfg, count) ^ 1)
     mbarrier.expect(full.index(slot), tile_bytes)
     for box in gl.static_range(BOXES):
@@ -135,26 +144,27 @@ def producer(cfg, batch, rings, q_desc, k_desc, v_desc):
         begin, end = tile_range(cfg, batch, item)
         kv_head = item.head_tile * cfg.PACK // cfg.GROUP
         pages = batch.block_table + item.seq.to(gl.int64) * batch.block_table_stride
+        first_page = first_seen_page(cfg, batch, item)
         last_page = gl.maximum(item.seq_len - 1, 0) // cfg.PAGE
         load_tile(
-            cfg, k_desc, rings.k, rings.k_full, rings.k_free, count, pages, last_page,
-            kv_head, end - 1,
+            cfg, k_desc, rings.k, rings.k_full, rings.k_free, count, pages,
+            first_page, last_page, kv_head, end - 1,
         )  # fmt: skip
         # Second, as its place may be in use until the item before ends.
         load_queries(cfg, rings, q_desc, item, turn)
         for tile in range(end - 2, begin - 1, -1):
             load_tile(
                 cfg, k_desc, rings.k, rings.k_full, rings.k_free, count + 1, pages,
-                last_page, kv_head, tile,
+                first_page, last_page, kv_head, tile,
             )  # fmt: skip
             load_tile(
                 cfg, v_desc, rings.v, rings.v_full, rings.v_free, count, pages,
-                last_page, kv_head, tile + 1,
+                first_page, last_page, kv_head, tile + 1,
             )  # fmt: skip
             count += 1
         load_tile(
-            cfg, v_desc, rings.v, rings.v_full, rings.v_free, count, pages, last_page,
-            kv_head, begin,
+            cfg, v_desc, rings.v, rings.v_full, rings.v_free, count, pages,
+            first_page, last_page, kv_head, begin,
         )  # fmt: skip
         count += 1
         turn += 1

@@ -294,8 +294,8 @@ def make_rings(cfg, dtype: gl.constexpr):
     k_free = make_barriers(cfg.STAGES, cfg.CONSUMERS)
     v_full = make_barriers(cfg.STAGES, 1)
     v_free = make_barriers(cfg.STAGES, cfg.CONSUMERS)
-    # None that nobody waits for: Triton would use its memory for something else at
-    # once, and a barrier is made later than what is stored there behind it.
+    # Not made unless it is waited for: Triton would use its memory for something else
+    # at once, and its initialisation could overwrite what is stored there.
     turns = q_free
     if cfg.TURNS:
         turns = make_barriers(cfg.CONSUMERS, 1)
@@ -380,9 +380,10 @@ def visible_keys(cfg, batch, item, token):
     end = item.seq_len
     if cfg.WINDOWED:
         begin = gl.maximum(position - batch.window + 1, 0)
-        end = gl.minimum(end, position + batch.window)
     if cfg.CAUSAL:
         end = gl.minimum(end, position + 1)
+    elif cfg.WINDOWED:
+        end = gl.minimum(end, position + batch.window)
     return begin, gl.maximum(end, 0)
 
 
@@ -403,6 +404,14 @@ def tile_range(cfg, batch, item):
         end = gl.minimum(end, gl.load(fields + 6) // cfg.BLOCK_N)
         end = gl.maximum(end, begin + 1)
     return begin, end
+
+
+@gluon.jit
+def first_seen_page(cfg, batch, item):
+    """The page of the first key that any query token of the item sees."""
+    token, _ = query_tokens(cfg, item, 0, cfg.BLOCK_M)
+    begin, _ = visible_keys(cfg, batch, item, token)
+    return begin // cfg.PAGE
 
 
 @gluon.jit

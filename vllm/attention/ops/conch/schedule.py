@@ -36,7 +36,7 @@ MAX_SEQUENCES_AT_ONCE = 1024
 # Without a prefill kernel the decode kernel takes every sequence.
 ANY_QUERY_LEN = 2**31 - 1
 # Tiles of a piece from which one more is worth it, see `whole_pieces`.
-LONG_PIECE: tl.constexpr = tl.constexpr(16)
+LONG_PIECE = 16
 # End of the last part of a sequence's keys, a multiple of every tile.
 LAST_KEY: tl.constexpr = tl.constexpr(2**30)
 
@@ -85,15 +85,18 @@ def whole_pieces(
     NUM_WORKERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr,
     CHUNK_LOOKBACK: tl.constexpr, RANGES_IN_WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+    LONG_PIECE: tl.constexpr,
 ):  # fmt: skip
     """Whether each row can begin with a piece, and the tiles of the longest piece then.
 
     So it can if workers suffice though a row's last piece may be short, and no piece is
     longer than tiles_per_piece, or of LONG_PIECE and more by one tile. Nobody then has
     parts of two rows, each of which would be begun, left and combined: on an H200 1 x
-    5000 take 17.8 us so, not 19.8, and 16 x 8k with 5 query tokens 144.7, not 149.2.
+    5000 take 17.9 us so, not 19.8, and 16 x 8k with 5 query tokens 144.7, not 149.2.
     """
-    most = tiles_per_piece + tl.where(tiles_per_piece >= LONG_PIECE, 1, 0)
+    most = tiles_per_piece
+    if LONG_PIECE is not None:
+        most += tl.where(tiles_per_piece >= LONG_PIECE, 1, 0)
     needed = 0
     longest = 1
     for start in range(0, num_seqs, BLOCK):
@@ -120,6 +123,7 @@ def schedule_decode(
     BLOCK_M: tl.constexpr, TILE: tl.constexpr, ABREAST: tl.constexpr,
     ABREAST_TILES: tl.constexpr, WINDOWED: tl.constexpr, CHUNK_LOOKBACK: tl.constexpr,
     RANGES_IN_WINDOW: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    LONG_PIECE: tl.constexpr,
 ):  # fmt: skip
     """Gives LANES workers their pieces; the first program also lists the sequences.
 
@@ -141,7 +145,7 @@ def schedule_decode(
     are_whole, whole_tiles = whole_pieces(
         query_start_loc_ptr, seq_lens_ptr, num_seqs, decode_query_len, window, ranges,
         prefix_ptr, tiles_per_piece, NUM_WORKERS, NUM_KV_HEADS, GROUP, BLOCK_M, TILE,
-        WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW, BLOCK,
+        WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW, BLOCK, LONG_PIECE,
     )  # fmt: skip
     tiles_per_piece = tl.where(are_whole, whole_tiles, tiles_per_piece)
     abreast = 1
@@ -409,6 +413,7 @@ def schedule_kernel(
     DECODE_TILE: tl.constexpr,  # or segment: what workers take several of
     ABREAST: tl.constexpr,  # so many heads go abreast
     ABREAST_TILES: tl.constexpr,  # from so many tiles a worker
+    LONG_PIECE: tl.constexpr,  # see `whole_pieces`; None: no piece is
     PREFILL_PACK: tl.constexpr,
     PREFILL_BLOCK_M: tl.constexpr,
     HEAD_TILES: tl.constexpr,
@@ -429,7 +434,7 @@ def schedule_kernel(
             program * LANES,
             NUM_WORKERS, NUM_KV_HEADS, GROUP, DECODE_BLOCK_M, DECODE_TILE,
             ABREAST, ABREAST_TILES, WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW,
-            BLOCK, LANES,
+            BLOCK, LANES, LONG_PIECE,
         )  # fmt: skip
     elif SPLIT_KEYS is not None:
         schedule_parts(
@@ -832,6 +837,8 @@ class VarlenSchedule:
                 DECODE_TILE=plan.segment or plan.decode.tile,
                 ABREAST=self.heads_abreast(plan),
                 ABREAST_TILES=plan.abreast_tiles,
+                # A segment more may be more than workers have slots for.
+                LONG_PIECE=LONG_PIECE if plan.segment is None else None,
                 PREFILL_PACK=plan.prefill_pack,
                 PREFILL_BLOCK_M=plan.prefill_rows,
                 HEAD_TILES=self.shape.num_query_heads // plan.prefill_pack,

@@ -88,7 +88,7 @@ def merge_row(
     partials,
     row_begin,  # of the row's first segment on the line
     num_segments,  # of the row
-    share,  # segments of every worker but the last
+    share,  # segments of a worker, but where a row or its line ends
     first_of_line,  # place of the line's first worker
     rows,  # [R] rows of the tile
     row_valid,
