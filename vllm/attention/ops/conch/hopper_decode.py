@@ -92,7 +92,7 @@ def plan_launch(
 
     _, block_size, num_kv_heads, head_size = key_cache.shape
     group = query.shape[1] // num_kv_heads
-    padded = max(PANEL, triton.next_power_of_2(head_size))
+    padded = triton.next_power_of_2(head_size)
     tile_bytes = 2 * tile * padded * key_cache.dtype.itemsize
     launch = Launch(
         hopper_decode_kernel,

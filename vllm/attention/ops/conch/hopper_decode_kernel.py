@@ -18,6 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
+from .decode import SEQUENCE_FIELDS, WORKER_FIELDS
 from .hopper_prefill_kernel import (
     LN2,
     LOG2E,
@@ -26,6 +27,8 @@ from .hopper_prefill_kernel import (
     lane_sums,
     load_tile,
     per_row,
+    probabilities,
+    running_max,
     zero_rows,
 )
 from .hopper_tiles import (
@@ -43,25 +46,8 @@ from .hopper_tiles import (
     wgmma_layout,
 )
 
-# As in `decode`.
-SEQUENCE_FIELDS = gl.constexpr(4)
-WORKER_FIELDS = gl.constexpr(16)
 # Rows that are combined at once, one for each warp.
 COMBINE_ROWS = gl.constexpr(4)
-
-
-@gluon.constexpr_function
-def combine_layout(padded):
-    """[rows, parts, columns]: a warp has a row, a thread four columns side by side."""
-    lanes = min(32, padded // 4)
-    return gl.BlockedLayout([1, 1, 4], [1, 32 // lanes, lanes], [4, 1, 1], [2, 1, 0])
-
-
-@gluon.constexpr_function
-def stats_layout(parts):
-    """[rows, parts]: a warp has a row, a lane a part."""
-    lanes = min(32, parts)
-    return gl.BlockedLayout([1, 1], [32 // lanes, lanes], [4, 1], [1, 0])
 
 
 @aggregate
@@ -84,6 +70,7 @@ class DecodeConfig:
     CAUSAL: gl.constexpr
     WINDOWED: gl.constexpr
     TURNS: gl.constexpr
+    BOUNDED: gl.constexpr
     PARTS: gl.constexpr  # partials that are loaded at once
     S_LAYOUT: gl.constexpr
     O_LAYOUT: gl.constexpr
@@ -124,6 +111,7 @@ class DecodeConfig:
         self.CAUSAL = gl.constexpr(causal)
         self.WINDOWED = gl.constexpr(windowed)
         self.TURNS = gl.constexpr(False)
+        self.BOUNDED = gl.constexpr(False)
         self.PARTS = gl.constexpr(parts)
         self.S_LAYOUT = gl.constexpr(wgmma_layout(block_n))
         self.O_LAYOUT = gl.constexpr(wgmma_layout(padded))
@@ -131,8 +119,14 @@ class DecodeConfig:
             gl.DotOperandLayout(0, wgmma_layout(padded), k_width=2)
         )
         self.KV_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
-        self.COMBINE_LAYOUT = gl.constexpr(combine_layout(padded))
-        self.STATS_LAYOUT = gl.constexpr(stats_layout(parts))
+        # [rows, parts, columns]: a warp has a row, a thread four columns side by side.
+        self.COMBINE_LAYOUT = gl.constexpr(
+            gl.BlockedLayout([1, 1, 4], [1, 1, 32], [4, 1, 1], [2, 1, 0])
+        )
+        # [rows, parts]: a warp has a row, a lane a part.
+        self.STATS_LAYOUT = gl.constexpr(
+            gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+        )
 
 
 @aggregate
@@ -356,11 +350,8 @@ def mask_where_needed(cfg, s, place, position, seen_by_all, tile, window):
 def weigh(cfg, s, row_max, row_sum, scale_log2):
     """Probabilities of a tile of scores [64, BLOCK_N], the factor [64] for what was
     summed before, and the new maximum [64] and sums [64, LANES]."""
-    new_max = gl.maximum(row_max, gl.max(s, 1) * scale_log2)
-    # A row that has seen no key yet: exp2(-inf - 0) = 0, not NaN.
-    base = gl.where(new_max == float("-inf"), 0.0, new_max)
-    p = gl.exp2(s * scale_log2 - gl.expand_dims(base, 1))
-    decay = gl.exp2(row_max - base)
+    new_max = running_max(cfg, s, row_max, scale_log2)
+    p, decay = probabilities(cfg, s, row_max, new_max, scale_log2, True)
     row_sum = row_sum * per_row(decay, row_sum) + lane_sums(cfg, p)
     return p, decay, new_max, row_sum
 
@@ -534,9 +525,7 @@ def write_combined(cfg, place, target, sinks, partials, first_place, num_parts):
 
 
 @gluon.jit
-def partial_stats(
-    cfg, first_row, start, num_rows, num_parts, LAYOUT: gl.constexpr
-):  # fmt: skip
+def partial_stats(cfg, first_row, start, num_rows, num_parts, LAYOUT: gl.constexpr):
     """Where partials of some rows lie, counted in rows from slot 0 of the first piece,
     and which exist.  [4, PARTS] each"""
     rows = first_row + gl.arange(0, COMBINE_ROWS, gl.SliceLayout(1, LAYOUT))

@@ -61,13 +61,17 @@ def pick(match, values):
 
 
 @triton.jit
-def decode_tiles(
-    query_len, seq_len, sequence, decode_query_len, window, ranges, prefix_ptr,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr, WINDOWED: tl.constexpr, CHUNK_LOOKBACK: tl.constexpr,
-    RANGES_IN_WINDOW: tl.constexpr,
+def load_decodes(
+    query_start_loc_ptr, seq_lens_ptr, start, num_seqs, decode_query_len, window,
+    ranges, prefix_ptr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr,
+    CHUNK_LOOKBACK: tl.constexpr, RANGES_IN_WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of a sequence on the decode line (0: not a decode), and tiles per row."""
+    """What `load_lengths` returns, and each sequence's tiles on the decode line (0: not
+    a decode) and tiles per row."""
+    sequence, query_start, query_len, seq_len = load_lengths(
+        query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
+    )
     is_decode = (query_len > 0) & (query_len <= decode_query_len)
     first_key = first_seen_key(
         query_len, seq_len, sequence, window, ranges, prefix_ptr,
@@ -75,7 +79,8 @@ def decode_tiles(
     )  # fmt: skip
     _, row_tiles = decode_key_tiles(first_key, seq_len, TILE)
     tiles = row_tiles * decode_rows(query_len, NUM_KV_HEADS, GROUP, BLOCK_M)
-    return tl.where(is_decode, tiles, 0), row_tiles
+    tiles = tl.where(is_decode, tiles, 0)
+    return sequence, query_start, query_len, seq_len, tiles, row_tiles
 
 
 @triton.jit
@@ -100,13 +105,10 @@ def whole_pieces(
     needed = 0
     longest = 1
     for start in range(0, num_seqs, BLOCK):
-        sequence, _, query_len, seq_len = load_lengths(
-            query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
-        )
-        tiles, row_tiles = decode_tiles(
-            query_len, seq_len, sequence, decode_query_len, window, ranges, prefix_ptr,
-            NUM_KV_HEADS, GROUP, BLOCK_M, TILE, WINDOWED, CHUNK_LOOKBACK,
-            RANGES_IN_WINDOW,
+        _, _, _, _, tiles, row_tiles = load_decodes(
+            query_start_loc_ptr, seq_lens_ptr, start, num_seqs, decode_query_len,
+            window, ranges, prefix_ptr, NUM_KV_HEADS, GROUP, BLOCK_M, TILE, WINDOWED,
+            CHUNK_LOOKBACK, RANGES_IN_WINDOW, BLOCK,
         )  # fmt: skip
         parts = tl.cdiv(row_tiles, most)
         needed += tl.sum(tiles // row_tiles * parts)
@@ -132,13 +134,10 @@ def schedule_decode(
     """
     total = 0
     for start in range(0, num_seqs, BLOCK):
-        sequence, _, query_len, seq_len = load_lengths(
-            query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
-        )
-        tiles, _ = decode_tiles(
-            query_len, seq_len, sequence, decode_query_len, window, ranges, prefix_ptr,
-            NUM_KV_HEADS, GROUP, BLOCK_M, TILE, WINDOWED, CHUNK_LOOKBACK,
-            RANGES_IN_WINDOW,
+        _, _, _, _, tiles, _ = load_decodes(
+            query_start_loc_ptr, seq_lens_ptr, start, num_seqs, decode_query_len,
+            window, ranges, prefix_ptr, NUM_KV_HEADS, GROUP, BLOCK_M, TILE, WINDOWED,
+            CHUNK_LOOKBACK, RANGES_IN_WINDOW, BLOCK,
         )  # fmt: skip
         total += tl.sum(tiles)
     tiles_per_piece = tl.maximum(tl.cdiv(total, NUM_WORKERS), 1)
@@ -156,26 +155,21 @@ def schedule_decode(
     first_head = worker % abreast
     piece = worker // abreast
     begin = piece * tiles_per_piece  # on the line of tiles
-    num_tiles = tl.minimum(tl.maximum(total // abreast - begin, 0), tiles_per_piece)
+    num_tiles = tl.zeros([LANES], tl.int32)
     record = workers_ptr + worker * WORKER_FIELDS
     valid = worker < NUM_WORKERS
-    tl.store(record + 8, tl.where(are_whole, 0, num_tiles), mask=valid)
     tl.store(record + 9, tiles_per_piece + worker * 0, mask=valid)
     tl.store(record + 10, abreast + worker * 0, mask=valid)
     tl.store(record + 11, piece, mask=valid)
     tl.store(record + 12, first_head * (NUM_WORKERS // abreast), mask=valid)
     tl.store(arrivals_ptr + worker, worker * 0, mask=valid)
-    tl.debug_barrier()  # then what those have that begin in a row
     line = 0
     listed = 0
     for start in range(0, num_seqs, BLOCK):
-        sequence, query_start, query_len, seq_len = load_lengths(
-            query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
-        )
-        tiles, row_tiles = decode_tiles(
-            query_len, seq_len, sequence, decode_query_len, window, ranges, prefix_ptr,
-            NUM_KV_HEADS, GROUP, BLOCK_M, TILE, WINDOWED, CHUNK_LOOKBACK,
-            RANGES_IN_WINDOW,
+        sequence, query_start, query_len, seq_len, tiles, row_tiles = load_decodes(
+            query_start_loc_ptr, seq_lens_ptr, start, num_seqs, decode_query_len,
+            window, ranges, prefix_ptr, NUM_KV_HEADS, GROUP, BLOCK_M, TILE, WINDOWED,
+            CHUNK_LOOKBACK, RANGES_IN_WINDOW, BLOCK,
         )  # fmt: skip
         is_decode = tiles > 0
         # What a row takes of its line.
@@ -202,8 +196,10 @@ def schedule_decode(
         tl.store(record + 5, row % heads * abreast + first_head, mask=found)
         tl.store(record + 6, row // heads, mask=found)
         tl.store(record + 7, tile, mask=found)
-        left = tl.minimum(pick(match, row_tiles) - tile, tiles_per_piece)
-        tl.store(record + 8, left, mask=found & are_whole)
+        left = tl.where(
+            are_whole, pick(match, row_tiles) - tile, total // abreast - begin
+        )
+        num_tiles = tl.where(found, tl.minimum(left, tiles_per_piece), num_tiles)
         if first_worker == 0:
             listing = sequences_ptr + entry * SEQUENCE_FIELDS
             tl.store(listing, sequence, mask=is_decode)
@@ -212,6 +208,7 @@ def schedule_decode(
             tl.store(listing + 3, seq_len, mask=is_decode)
         line += tl.sum(taken)
         listed += tl.sum(is_decode.to(tl.int32))
+    tl.store(record + 8, num_tiles, mask=valid)
 
 
 @triton.jit
