@@ -178,6 +178,12 @@ def schedule_decode(
         taken = tiles // row_tiles * places // abreast
         end = line + tl.cumsum(taken, 0)
         entry = listed + tl.cumsum(is_decode.to(tl.int32), 0) - 1
+        if first_worker == 0:
+            listing = sequences_ptr + entry * SEQUENCE_FIELDS
+            tl.store(listing, sequence, mask=is_decode)
+            tl.store(listing + 1, query_start, mask=is_decode)
+            tl.store(listing + 2, query_len, mask=is_decode)
+            tl.store(listing + 3, seq_len, mask=is_decode)
         # The sequence in which each worker begins, if it is among these.
         match = (begin[:, None] >= (end - taken)[None, :]) & (
             begin[:, None] < end[None, :]
@@ -200,12 +206,6 @@ def schedule_decode(
             are_whole, pick(match, row_tiles) - tile, total // abreast - begin
         )
         num_tiles = tl.where(found, tl.minimum(left, tiles_per_piece), num_tiles)
-        if first_worker == 0:
-            listing = sequences_ptr + entry * SEQUENCE_FIELDS
-            tl.store(listing, sequence, mask=is_decode)
-            tl.store(listing + 1, query_start, mask=is_decode)
-            tl.store(listing + 2, query_len, mask=is_decode)
-            tl.store(listing + 3, seq_len, mask=is_decode)
         line += tl.sum(taken)
         listed += tl.sum(is_decode.to(tl.int32))
     tl.store(record + 8, num_tiles, mask=valid)
