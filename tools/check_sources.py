@@ -40,7 +40,7 @@ def rule(pattern: str, instead: str, *folders: str) -> Rule:
 
 # Files that need more of Triton than vllm.triton_utils has on every release: Gluon.
 # Where a release's has it, release.toml maps the imports.
-USES_TRITON_ITSELF = re.compile(r"/hopper_\w+\.py$")
+USES_TRITON_ITSELF = re.compile(r"/(hopper_\w+|\w*conch_gluon(/\w+)?)\.py$")
 TRITON = rule(
     r"^(import|from)\s+triton(\s|\.|$)",
     "import it as `from vllm.triton_utils import tl, triton`",

@@ -7,6 +7,7 @@ NaN in the memory that CONCH allocates and does not initialise.
 """
 
 import dataclasses
+import importlib
 import math
 import os
 import sys
@@ -43,6 +44,7 @@ from vllm.attention.ops.conch import (  # noqa: E402
     varlen_attention,
 )
 from vllm.platforms import current_platform  # noqa: E402
+from vllm.triton_utils import triton  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 # On a GPU one that its fastest kernels take, here one that is quick to interpret.
@@ -53,6 +55,13 @@ DTYPES = [torch.float32, *HALF_DTYPES]
 KV_FP8_DTYPES = [current_platform.fp8_dtype(), torch.float8_e5m2]
 HopperConfig = hopper_prefill.HopperConfig | hopper_fp8_prefill.Fp8Config
 gpu_only = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+# Where there is none, `conch_gluon` runs what is for a Hopper GPU.
+CONCH = {
+    name: importlib.import_module(f"{hopper_prefill.__package__}.{name}")
+    for name in ("launch", "plan", "schedule", "arguments")
+}
+KNOWS_GLUON = triton.__version__.startswith(hopper_prefill.TRITON_VERSIONS)
+ON_HOPPER = ON_GPU and hopper_prefill.is_available(torch.device("cuda", 0))
 
 ALLOCATORS = [
     (torch, "empty"),
@@ -77,6 +86,52 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ALLOCATORS:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def use_hopper(monkeypatch: pytest.MonkeyPatch, num_units: int = 3) -> None:
+    """Plans for a Hopper GPU; where there is none, of so many multiprocessors, and
+    `conch_gluon` runs its kernels."""
+    if ON_HOPPER:
+        return
+    if ON_GPU or not KNOWS_GLUON:
+        versions = " or ".join(f"{v}*" for v in hopper_prefill.TRITON_VERSIONS)
+        pytest.skip(f"needs Triton {versions}, and a Hopper GPU or none")
+    from tests.kernels.attention.conch_gluon import run_kernel
+
+    launch = CONCH["launch"]
+    device = CONCH["plan"].Device("cuda", 90, num_units, shared_memory=227 * 1024)
+    for name in ("plan", "schedule", "arguments"):
+        monkeypatch.setattr(CONCH[name], "this_device", lambda index: device)
+    monkeypatch.setattr(hopper_prefill, "num_programs", lambda device: num_units)
+
+    def launch_any(self, grid: tuple, arguments: tuple):
+        if isinstance(self.kernel, triton.JITFunction):
+            every = (*arguments, *self.arguments)
+            return run_kernel(self.kernel, grid[0], every, self.constants)
+        # Triton's interpreter knows no assembly, which has the same results.
+        ptx = {name: "triton" for name, how in self.constants.items() if how == "ptx"}
+        return self.kernel[grid](*arguments, *self.arguments, **self.constants | ptx)
+
+    monkeypatch.setattr(launch.Launch, "launch", launch_any)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See `use_hopper`."""
+    use_hopper(monkeypatch)
+
+
+def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that launches of attention are of, in their order."""
+    names: list[str] = []
+    call = CONCH["launch"].BoundLaunch.__call__
+
+    def recorded(self, *args, **kwargs):
+        names.append(self.launch.kernel.fn.__name__)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(CONCH["launch"].BoundLaunch, "__call__", recorded)
+    return names
 
 
 @pytest.fixture
@@ -446,7 +501,8 @@ def check(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs CONCH, compares output and LSE with the reference and returns them."""
     output, lse = attend(batch, schedule)
-    if schedule is None and ON_GPU and len(batch.query):
+    device = CONCH["plan"].this_device(0 if ON_GPU else None)
+    if schedule is None and device.arch == 90 and len(batch.query):
         schedule = update(make_schedule(batch), batch)
     compare(
         batch,

@@ -6,6 +6,7 @@ The same examples every time; without `derandomize` it searches on. On a GPU few
 shapes and many batches, since each shape is compiled.
 """
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     KV_FP8_DTYPES,
     ON_GPU,
     check,
+    hopper,
     make_batch,
     make_schedule,
     poisoned_scratch,
@@ -114,6 +116,65 @@ def test_random_batches(
         portable=portable,
     )
     check(batch, update(schedule, batch))
+
+
+HOPPER_LONG = 5000 if ON_GPU else 600
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.mark.usefixtures("hopper")
+@committed
+@given(
+    st.lists(
+        st.one_of(
+            sequence(),
+            st.tuples(st.integers(17, 140), st.integers(0, HOPPER_LONG)).map(
+                lambda lengths: (lengths[0], sum(lengths))
+            ),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    SHAPES.filter(lambda shape: shape["head_size"] % 16 == 0),
+    st.sampled_from([torch.float16, FP8]),
+    st.sampled_from(sorted(LAYOUTS)),
+    st.sampled_from([None, 1, 30, 200]),
+    st.booleans(),
+    st.sampled_from([0.0, 20.0]),
+    st.booleans(),
+    st.sampled_from([1, 3, 7]),
+    st.integers(0, 2**16),
+)
+def test_random_batches_on_hopper(
+    lengths,
+    shape,
+    dtype,
+    layout,
+    sliding_window,
+    causal,
+    softcap,
+    has_sinks,
+    num_workers,
+    seed,
+):
+    """In fp16, in which the interpreter runs what other kernels have to do."""
+    sinks = torch.linspace(-2, 3, shape["num_query_heads"], device=DEVICE)
+    batch = make_batch(
+        lengths,
+        **shape,
+        dtype=torch.float16,
+        query_dtype=dtype,
+        kv_dtype=dtype,
+        layout=layout,
+        sliding_window=sliding_window,
+        causal=causal,
+        softcap=softcap,
+        sinks=sinks if has_sinks else None,
+        seed=seed,
+    )
+    schedule = make_schedule(batch, num_workers=num_workers)
+    truncated_sums = int(batch.seq_lens.max()) // 16
+    check(batch, update(schedule, batch), truncated_sums=truncated_sums)
 
 
 @st.composite

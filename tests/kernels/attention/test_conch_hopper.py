@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What only callers of the Hopper prefill kernel itself can ask for."""
+"""The Hopper kernel for prefills in 16 bits: in batches, and what only callers of its
+own can ask for."""
 
 from dataclasses import replace
 
@@ -9,11 +10,16 @@ import torch
 
 from tests.kernels.attention.conch_harness import (  # noqa: F401
     DEVICE,
-    ON_GPU,
     Batch,
     assert_close,
+    check,
+    hopper,
     make_batch,
+    make_schedule,
     poisoned_scratch,
+    record_launches,
+    update,
+    use_hopper,
 )
 from tests.kernels.attention.conch_reference import (
     SENTINEL,
@@ -23,12 +29,82 @@ from tests.kernels.attention.conch_reference import (
 )
 from vllm.attention.ops.conch import hopper_prefill
 
-on_hopper = pytest.mark.skipif(
-    not (ON_GPU and hopper_prefill.is_available(torch.device("cuda", 0))),
-    reason="needs a Hopper GPU and a Triton that the kernel is written for",
-)
+on_hopper = pytest.mark.usefixtures("hopper")
 # Queries longer and shorter than a tile; rows before the first key see nothing.
 LENGTHS = [(129, 1000), (300, 301), (5, 700), (1, 1), (200, 40), (140, 0)]
+BF16, FP16 = torch.bfloat16, torch.float16
+PREFILL = "hopper_prefill_kernel"
+
+
+# ---------------------------------------------------------------- batches
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return record_launches(monkeypatch)
+
+
+@on_hopper
+@pytest.mark.parametrize("head_size", [40, 64, 80, 96, 128, 192, 256, 512])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"block_size": 128, "dtype": FP16},
+        {"block_size": 48, "layout": "packed_NHD", "num_query_heads": 5},
+        {"block_size": 32, "layout": "HND", "causal": False, "num_query_heads": 2},
+        {"sliding_window": 200, "padding": 0},
+        {"sliding_window": 60, "frees_pages": True},
+        {"sliding_window": 1},
+        {"sliding_window": 2**31 - 1},
+        {"sliding_window": 100, "causal": False},
+        {"softcap": 20.0, "logit_std": 10.0},
+        {"softcap": 80.0, "logit_std": 10.0, "dtype": FP16},
+        {"logit_std": 20.0},
+    ],
+    ids=str,
+)
+def test_batches(options, head_size, launched):
+    options = {"num_query_heads": 4, "num_kv_heads": 1, "dtype": BF16} | options
+    batch = make_batch(
+        [(129, 300), (0, 0), (150, 40), (17, 65), (64, 64)],
+        head_size=head_size,
+        **options,
+    )
+    # The tensor cores cut off sums, of 16 terms each; see `output_tolerance`.
+    check(batch, truncated_sums=300 // 16)
+    assert PREFILL in launched
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": False, "block_size": 48},
+        {"softcap": 20.0, "logit_std": 10.0},
+        {"sinks": torch.tensor([1.5, -2.0, 0.0, 6.0], device=DEVICE)},
+    ],
+    ids=lambda options: "_".join(options),
+)
+def test_split_keys(options, head_size, monkeypatch):
+    """Of few query tiles, over several programs."""
+    use_hopper(monkeypatch, num_units=32)
+    launched = record_launches(monkeypatch)
+    batch = make_batch(
+        [(40, 1500), (17, 700), (20, 20)],
+        num_kv_heads=1,
+        head_size=head_size,
+        dtype=FP16,  # in which the interpreter can combine them
+        **options,
+    )
+    schedule = update(make_schedule(batch), batch, num_prefills=3)
+    assert schedule.plan.split is not None and int(schedule.splits[0]) > 0
+    check(batch, schedule, truncated_sums=1500 // 16)
+    assert PREFILL in launched and "combine_kernel" in launched
+
+
+# ------------------------------------------------------------------ the kernel alone
 
 
 def make_work(batch: Batch, block_m: int) -> torch.Tensor:

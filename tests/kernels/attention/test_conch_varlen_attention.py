@@ -255,6 +255,13 @@ def test_non_causal(name, dtype):
     check(make_batch(BATCHES[name], causal=False, dtype=dtype))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", BATCHES)
+def test_windows_wider_than_any_sequence(name, causal):
+    """Of positions and windows of 32 bits sums have more."""
+    check(make_batch(BATCHES[name], sliding_window=2**31 - 1, causal=causal))
+
+
 @pytest.mark.parametrize("name", ["padded_mixed", "capture_dummy_decode"])
 def test_non_causal_padding(name):
     check(make_batch(BATCHES[name], causal=False))

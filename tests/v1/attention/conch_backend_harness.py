@@ -60,7 +60,7 @@ MAX_MODEL_LEN = 256
 # On a GPU enough for the cache write that is made for many tokens.
 MAX_NUM_TOKENS = 65536 if ON_GPU else 192
 NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 4, 2, 16
-HEAD_SIZE = 64 if ON_GPU else 32  # on a GPU one that its fastest kernels take
+HEAD_SIZE = 128 if ON_GPU else 32  # on a GPU one that its fastest kernels take
 
 needs_rswa = pytest.mark.skipif(
     not hasattr(ConchAttentionBackend, "supports_rswa"),

@@ -66,7 +66,7 @@ BATCHES = {
     "verify": [(4, 30), (2, 1)],
 }
 NUM_HEADS, BLOCK_SIZE = 3, 16  # of a rank
-HEAD_SIZE = 64 if ON_GPU else 16  # on a GPU one that its fastest kernels take
+HEAD_SIZE = 128 if ON_GPU else 16  # on a GPU one that its fastest kernels take
 MAX_LEN, MAX_NUM_TOKENS, MAX_NUM_SEQS = 128, 128, 8
 NUM_BLOCKS = 40
 TIMEOUT = 120  # seconds that a rank waits for others before the test fails

@@ -109,10 +109,10 @@ def engine(
     llm = vllm.LLM(
         folder,
         attention_config={"backend": backend.get_name()},
-        dtype="float32",
         disable_log_stats=False,
         seed=0,
         **{
+            "dtype": "float32",
             "enforce_eager": True,
             "gpu_memory_utilization": 0.3,
             "max_model_len": 128,

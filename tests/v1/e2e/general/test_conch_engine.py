@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import vllm
+from tests.kernels.attention.conch_harness import record_launches, use_hopper
 from tests.v1.e2e.general.conch_engine import (
     ON_GPU,
     SHAPE,
@@ -112,6 +113,26 @@ def test_chunked_prefill_and_prefix_caching(
     mixed = [{query_len == 1 for query_len, _ in batch} for batch in steps.batches]
     assert {True, False} in mixed  # decodes and prefills in one batch
     assert steps.num_calls > 0
+
+
+def test_kernels_for_hopper(
+    tmp_path: Path, steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads of 128 in 16 bits, which Hopper's own kernels take, decodes too."""
+    use_hopper(monkeypatch)
+    launched = record_launches(monkeypatch)
+    model = save(LlamaForCausalLM, LlamaConfig(**SHAPE | {"head_dim": 128}), tmp_path)
+    prompts = random_prompts(50, 3, 21, shared=37)
+    expected = expected_tokens(model, prompts, 6)
+    budget = {"max_num_batched_tokens": 32}
+    with engine(str(tmp_path), dtype="float16", **budget) as llm:
+        assert generate(llm, prompts, 6) == expected
+        assert generate(llm, prompts, 6) == expected
+    assert steps.any_sequence(is_chunk)
+    kernels = {
+        name for name in launched if name.endswith(("prefill_kernel", "decode_kernel"))
+    }
+    assert kernels == {"hopper_prefill_kernel", "hopper_decode_kernel"}
 
 
 def test_preemption(llama: tuple[str, PreTrainedModel], steps: Steps) -> None:

@@ -19,6 +19,7 @@ from .hopper_prefill import (
     HopperLaunch,
 )
 from .launch import Launch
+from .limits import WIDEST_WINDOW
 
 # Not 64: on an H200 16 x 8k take 86 us in this kernel, 82 in the portable one. Two
 # programs on a multiprocessor have no registers for heads of 256.
@@ -102,7 +103,7 @@ def plan_launch(
             lse.strides[0] if lse else 0,
             block_table.strides[0],
             scale * LOG2E,
-            sliding_window or 0,
+            min(sliding_window or 0, WIDEST_WINDOW),
         ),
         dict(
             HEAD_SIZE=head_size,

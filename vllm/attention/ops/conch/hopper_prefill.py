@@ -23,6 +23,7 @@ from vllm.triton_utils import triton
 
 from .checks import TensorSpec, signature
 from .launch import Described, Launch
+from .limits import WIDEST_WINDOW
 
 CAPABILITY = (9, 0)
 TRITON_VERSIONS = ("3.6.",)  # Gluon has no stable interface: what was tested
@@ -289,7 +290,7 @@ def plan_kernel(
             block_table.strides[0],
             (softcap or scale) * LOG2E,
             scale / softcap if softcap else 0.0,
-            sliding_window or 0,
+            min(sliding_window or 0, WIDEST_WINDOW),
         ),
         dict(
             HEAD_SIZE=head_size,

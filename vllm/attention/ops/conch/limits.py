@@ -10,6 +10,10 @@ the window, in the chunk and in the range, so the union of these has no gap.
 
 from vllm.triton_utils import tl, triton
 
+# Wider windows show no more: no sequence has more keys. Sums of positions and windows
+# stay within 32 bits.
+WIDEST_WINDOW = 2**30
+
 
 @triton.jit
 def window_start(position, window, CHUNK_LOOKBACK: tl.constexpr):

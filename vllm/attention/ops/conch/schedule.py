@@ -17,7 +17,7 @@ from .checks import check_tensor, reject
 from .combine import ITEM_FIELDS
 from .decode import SEQUENCE_FIELDS, WORKER_FIELDS, decode_key_tiles, decode_rows
 from .launch import Launch
-from .limits import first_seen_key
+from .limits import WIDEST_WINDOW, first_seen_key
 from .plan import (
     KV_INTEGER_DTYPES,
     MAX_DECODE_QUERY_LEN,
@@ -461,9 +461,9 @@ class Sight(NamedTuple):
     def window(self) -> int:
         """The kernels' window: keys, or with a lookback keys of a chunk."""
         window = self.sliding_window or 0
-        if self.chunk_lookback < 0:
-            return window
-        return window // (self.chunk_lookback + 1)
+        if self.chunk_lookback >= 0:
+            window //= self.chunk_lookback + 1
+        return min(window, WIDEST_WINDOW)
 
     def constants(self) -> dict[str, object]:
         """As the kernels' constexprs."""
