@@ -88,7 +88,7 @@ class Partition:
         self.awaits: tuple[Barrier, int] | None = None
         self.is_done = False
         self.products: list[Product] = []  # that are not awaited yet, in their order
-        self.unfenced: list[tuple[Any, Any]] = []  # stores to shared memory
+        self.unfenced: list[Any] = []  # views of shared memory, stored since a fence
 
     def can_run(self) -> bool:
         if self.is_done:
@@ -170,14 +170,12 @@ class Program:
     def go_on(self) -> None:
         """Lets somebody go on: the partition that runs, another one, or a copy."""
         me = self.current
-        while True:
+        while not all(p.is_done for p in self.partitions):
             runnable: list[object] = [p for p in self.partitions if p.can_run()]
             if self.copies:
                 runnable.append("copies")
             if not runnable:
                 waiting = [str(p) for p in self.partitions if not p.is_done]
-                if not waiting:
-                    return
                 raise RuntimeError("nobody can go on: " + "; ".join(waiting))
             odds = [self.odds.get(actor, 1.0) for actor in runnable]
             (actor,) = self.random.choices(runnable, odds)
