@@ -2,8 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What Hopper's own kernels compile to. Needs no GPU.
 
-They run on a Hopper GPU alone: without one this is all that tells whether they are
-still understood by the compiler, keep to their registers and use Hopper's units.
+They run on a Hopper GPU alone, and what they compute is tested in `conch_gluon` too.
+This tells without one whether they are still understood by the compiler, keep to their
+registers and use Hopper's units.
 """
 
 import importlib

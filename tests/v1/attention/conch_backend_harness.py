@@ -27,6 +27,7 @@ from tests.kernels.attention.conch_harness import (
     ON_GPU,
     assert_close,
     hopper_config,
+    poison,
 )
 from tests.kernels.attention.conch_reference import (
     SENTINEL,
@@ -68,12 +69,19 @@ needs_rswa = pytest.mark.skipif(
 )
 
 
+needs_diffusion = pytest.mark.skipif(
+    "diffusion_config" not in VllmConfig.__dataclass_fields__,
+    reason="this release has no models of diffusion",
+)
+
+
 def make_config(
     *,
     num_speculative_tokens: int | None = None,
     cudagraph_mode: CUDAGraphMode = CUDAGraphMode.NONE,
     dtype: torch.dtype = torch.float32,
     rswa_window: int | None = None,
+    canvas_length: int | None = None,
 ) -> VllmConfig:
     config = VllmConfig()
     config.model_config = SimpleNamespace(
@@ -89,6 +97,8 @@ def make_config(
         config.speculative_config = SimpleNamespace(
             num_speculative_tokens=num_speculative_tokens, parallel_drafting=False
         )
+    if canvas_length is not None:
+        config.diffusion_config = SimpleNamespace(canvas_length=canvas_length)
     return config
 
 
@@ -323,6 +333,32 @@ class Engine:
         metadata = self.builder.build(0, self.fill(lengths, **options))
         for layer in self.layers:
             self.check(layer, metadata)
+
+
+def discard_buffers(builder: ConchAttentionMetadataBuilder) -> None:
+    """Fills all device memory of a builder with rubbish.
+
+    So vLLM's sleep mode does to what it neither offloads nor finds in a model.
+    """
+    seen: set[int] = set()
+
+    def discard(value: Any) -> None:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            poison(value)
+        elif isinstance(value, dict):
+            for part in value.values():
+                discard(part)
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                discard(part)
+        elif "conch" in type(value).__module__ and hasattr(value, "__dict__"):
+            discard(vars(value))
+
+    for name in ("schedules", "encoder_pages", "shares", "prefix_lens"):
+        discard(getattr(builder, name))
 
 
 def selector_config(**changes: Any) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from tests.v1.attention.conch_backend_harness import (
     BLOCK_SIZE,
     NUM_HEADS,
     Engine,
+    discard_buffers,
+    needs_diffusion,
     needs_rswa,
 )
 from vllm.attention.ops.conch import hopper_prefill
@@ -207,6 +209,16 @@ def test_decodes_are_launched_where_there_may_be_some(
     engine.step(BATCHES["mixed"])  # what the step before left out
 
 
+@needs_diffusion
+@pytest.mark.parametrize("longest, has_decodes", [(20, True), (21, False)])
+def test_graphs_for_decodes_hold_a_canvas(longest: int, has_decodes: bool) -> None:
+    """What the host knows of a batch decides nothing that a graph could keep."""
+    engine = Engine(canvas_length=20, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
+    engine.step([(longest, 33), (18, 0)])
+    for schedule in engine.builder.schedules.values():
+        assert schedule.has_decodes == has_decodes
+
+
 def test_softcap() -> None:
     Engine([{"logits_soft_cap": 5.0}]).step(BATCHES["mixed"])
 
@@ -385,6 +397,13 @@ def test_buffers_hold_consecutive_batches() -> None:
     engine = Engine(num_speculative_tokens=3)
     for batch in ("mixed", "decode", "prefill", "verify", "decode", "chunked"):
         engine.step(BATCHES[batch])
+
+
+def test_sleep_may_discard_buffers() -> None:
+    engine = Engine(num_speculative_tokens=3)
+    for batch in ("mixed", "decode", "prefill", "verify", "decode", "chunked"):
+        engine.step(BATCHES[batch])
+        discard_buffers(engine.builder)
 
 
 def test_largest_batch() -> None:

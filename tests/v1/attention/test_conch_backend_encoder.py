@@ -27,6 +27,7 @@ from tests.v1.attention.conch_backend_harness import (
     MAX_MODEL_LEN,
     NUM_KV_HEADS,
     Engine,
+    discard_buffers,
 )
 from vllm.v1.attention.backends.conch_base import AttentionType
 
@@ -103,6 +104,13 @@ def test_encoder_takes_consecutive_padded_batches() -> None:
         metadata = engine.builder.build(0, engine.fill([(9, 0)], causal=False))
         assert metadata.block_table.data_ptr() == pages.block_table.data_ptr()
         assert metadata.seq_lens.data_ptr() == pages.seq_lens.data_ptr()
+
+
+def test_sleep_may_discard_an_encoders_buffers() -> None:
+    engine = Engine([{"attn_type": AttentionType.ENCODER_ONLY}])
+    for lengths in ([100, 17, 70], [7, 33, 1, 50]):
+        check_encoder(engine, lengths)
+        discard_buffers(engine.builder)
 
 
 @gpu_only

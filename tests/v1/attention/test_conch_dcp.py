@@ -37,6 +37,7 @@ from tests.kernels.attention.conch_reference import (
     output_tolerance,
     visible_keys,
 )
+from tests.v1.attention.conch_backend_harness import discard_buffers
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
@@ -435,6 +436,15 @@ def test_batches(batch: str) -> None:
     for metadata in built:
         assert (metadata.share.new_tokens is None) == (batch == "decode")
         assert metadata.share.is_empty == (batch == "prefill")
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_sleep_may_discard_buffers(kv_cache_dtype: str) -> None:
+    group = Group(kv_cache_dtype=kv_cache_dtype)
+    for batch in ("mixed", "decode", "chunked"):
+        group.step(BATCHES[batch])
+        for rank in group.ranks:
+            discard_buffers(rank.builder)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ from vllm.v1.attention.backends.conch_base import (
     is_batch_invariant,
     key_value_views,
     max_decode_query_len,
+    max_replayed_query_len,
     mm_prefix_ranges,
     rswa_prefix_lens,
     rswa_window,
@@ -386,6 +387,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.decode_query_len = max_decode_query_len(vllm_config)
+        self.replayed_query_len = max_replayed_query_len(vllm_config)
         self.schedules: dict[ScheduleKey, VarlenSchedule] = {}
         self.encoder_pages: BatchPages | None = None
         self.shares: conch_dcp.Shares | None = None
@@ -507,8 +509,8 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         where prefills are few. None where a CUDA graph could keep that for others, or
         ranks share the keys.
         """
-        is_decode = common.max_query_len <= self.decode_query_len
-        if is_decode or self.shares is not None or self.graphs_hold_any_batch():
+        is_replayed = common.max_query_len <= self.replayed_query_len
+        if is_replayed or self.shares is not None or self.graphs_hold_any_batch():
             return None
         return common.query_start_loc_cpu.diff()
 
@@ -523,8 +525,8 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         All ranks find the same. Never where a CUDA graph could keep it for others.
         """
         seq_lens = host_seq_lens(common)
-        is_decode = common.max_query_len <= self.decode_query_len
-        if seq_lens is None or is_decode or self.graphs_hold_any_batch():
+        is_replayed = common.max_query_len <= self.replayed_query_len
+        if seq_lens is None or is_replayed or self.graphs_hold_any_batch():
             return False
         query_lens = common.query_start_loc_cpu.diff()
         return bool((seq_lens[: len(query_lens)] <= query_lens).all())

@@ -179,6 +179,7 @@ class Share:
             new.seq_lens, new.block_table = new.pages.update(
                 query_start_loc, max_query_len
             )
+            torch.arange(len(new.slots), out=new.slots)  # sleep mode may discard them
             for schedule in new.schedules.values():
                 schedule.update(
                     query_start_loc,
@@ -197,7 +198,7 @@ class Shares:
         device = schedule.device
         self.seq_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         pages = BatchPages(max_num_seqs, max_num_tokens, device)
-        slots = torch.arange(max_num_tokens, device=device)
+        slots = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
         self.new_tokens = NewTokens(pages, pages.seq_lens, pages.block_table, {}, slots)
         self.has_sinks = False
 

@@ -31,17 +31,18 @@ def pages_of_batch(rows: torch.Tensor) -> torch.Tensor:
 class BatchPages:
     """Lengths and block table with which a batch's own K and V are a paged cache.
 
-    Written anew for each batch into buffers that CUDA graphs can keep.
+    Written anew for each batch into buffers that CUDA graphs can keep, all of them:
+    vLLM's sleep mode may have discarded what was there.
     """
 
     def __init__(self, max_num_seqs: int, max_len: int, device: torch.device) -> None:
-        self.first_tokens = torch.arange(
-            0, max_len, PAGE_MULTIPLE, dtype=torch.int32, device=device
-        )
-        self.seq_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
-        self.block_table = torch.zeros(
-            max_num_seqs, len(self.first_tokens), dtype=torch.int32, device=device
-        )
+        def integers(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        max_pages = -(-max_len // PAGE_MULTIPLE)
+        self.first_tokens = integers(max_pages)  # of a sequence's pages
+        self.seq_lens = integers(max_num_seqs)
+        self.block_table = integers(max_num_seqs, max_pages)
 
     def update(
         self, query_start_loc: torch.Tensor, max_query_len: int
@@ -52,10 +53,9 @@ class BatchPages:
         seq_lens = self.seq_lens[:num_seqs]
         block_table = self.block_table[:num_seqs]
         num_pages = -(-max_query_len // PAGE_MULTIPLE)
+        first_tokens = self.first_tokens[:num_pages]
         torch.sub(ends, starts, out=seq_lens)
-        torch.add(
-            starts[:, None],
-            self.first_tokens[:num_pages],
-            out=block_table[:, :num_pages],
-        )
+        end = len(first_tokens) * PAGE_MULTIPLE
+        torch.arange(0, end, PAGE_MULTIPLE, out=first_tokens)
+        torch.add(starts[:, None], first_tokens, out=block_table[:, :num_pages])
         return seq_lens, block_table

@@ -51,6 +51,7 @@ __all__ = [
     "is_batch_invariant",
     "key_value_views",
     "max_decode_query_len",
+    "max_replayed_query_len",
     "mm_prefix_ranges",
     "rswa_prefix_lens",
     "rswa_window",
@@ -112,6 +113,11 @@ def max_decode_query_len(vllm_config: VllmConfig) -> int:
     if speculative_config is None or not speculative_config.num_speculative_tokens:
         return 1
     return 1 + speculative_config.num_speculative_tokens
+
+
+def max_replayed_query_len(vllm_config: VllmConfig) -> int:
+    """Tokens of a sequence up to which CUDA graphs for decodes may be replayed."""
+    return max_decode_query_len(vllm_config)
 
 
 def attends_both_ways(vllm_config: VllmConfig) -> bool:

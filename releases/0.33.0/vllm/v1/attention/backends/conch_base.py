@@ -60,6 +60,7 @@ __all__ = [
     "is_batch_invariant",
     "key_value_views",
     "max_decode_query_len",
+    "max_replayed_query_len",
     "mm_prefix_ranges",
     "rswa_prefix_lens",
     "rswa_window",
@@ -120,6 +121,14 @@ def token_scale_views(
 def bound_kv_cache(layer: AttentionLayer) -> torch.Tensor:
     """The layer's KV cache; without elements until the engine has bound one."""
     return layer.kv_cache
+
+
+def max_replayed_query_len(vllm_config: VllmConfig) -> int:
+    """Tokens of a sequence up to which CUDA graphs for decodes may be replayed.
+
+    A model of diffusion decodes a canvas at a time.
+    """
+    return max(max_decode_query_len(vllm_config), vllm_config.num_speculative_tokens)
 
 
 def attends_both_ways(vllm_config: VllmConfig) -> bool:
