@@ -13,6 +13,7 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     DEVICE,
     ON_GPU,
     Batch,
+    attend,
     call,
     make_batch,
     make_schedule,
@@ -30,6 +31,14 @@ def strided_last(tensor: torch.Tensor) -> torch.Tensor:
 def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
     """The same tensor on another device."""
     return tensor.to("cpu" if ON_GPU else "meta")
+
+
+def heads_far_apart(tensor: torch.Tensor) -> torch.Tensor:
+    """Heads whose offsets need more than 32 bits; on no device."""
+    shape, stride = tensor.shape, 2**29
+    return torch.empty_strided(
+        shape, (shape[2], stride, 1), dtype=tensor.dtype, device="meta"
+    )
 
 
 def change(name: str, how: Callable) -> Callable[[Batch], Batch]:
@@ -98,6 +107,12 @@ BAD_BATCHES = [
     ("scale", "infinite", change("scale", lambda x: math.inf)),
     ("softcap", "negative", change("softcap", lambda x: -1.0)),
     ("softcap", "NaN", change("softcap", lambda x: math.nan)),
+    ("softcap", "tiny", change("softcap", lambda x: 1e-40)),
+    ("softcap", "so large that tanh is 0", change("softcap", lambda x: 1e6)),
+    ("softcap", "None", change("softcap", lambda x: None)),
+    ("scale", "a word", change("scale", lambda x: "x")),
+    ("sliding_window", "a fraction", change("sliding_window", lambda n: 1.5)),
+    ("query", "heads far apart", change("query", heads_far_apart)),
     ("sliding_window", "zero", change("sliding_window", lambda n: 0)),
     ("sliding_window", "negative", change("sliding_window", lambda n: -1)),
     ("q_scale", "two", change("q_scale", lambda t: ones(2))),
@@ -130,6 +145,11 @@ BAD_BATCHES = [
         "mm_prefix_range",
         "stride",
         change("mm_prefix_range", lambda t: zeros(2, 2, 2)[:, :1]),
+    ),
+    (
+        "mm_prefix_range",
+        "stride of ranges",
+        change("mm_prefix_range", lambda t: zeros(2, 1, 4)[..., :2]),
     ),
     ("mm_prefix_range", "a list", change("mm_prefix_range", lambda t: [[(0, 1)]] * 2)),
     ("prefix_lens", "no window", change("prefix_lens", lambda t: zeros(2))),
@@ -212,6 +232,43 @@ def test_bad_outputs(what, spoil, argument):
     else:
         lse = torch.full(batch.query.shape[:2], SENTINEL, device=DEVICE)
         assert_refused(argument, batch, lse=spoil(lse))
+
+
+# What is wrong, the argument, and it in a good call, that the bad one follows.
+BAD_AFTER_GOOD = [
+    ("heads", "sinks", ones(4), ones(2)),
+    ("a list", "sinks", ones(4), [1.0] * 4),
+    ("heads", "alibi_slopes", ones(4), ones(2)),
+    ("a list", "alibi_slopes", ones(4), [1.0] * 4),
+    ("two", "k_scale", ones(1), ones(2)),
+    ("a number", "k_scale", ones(1), 2.0),
+    ("two", "v_scale", ones(1), ones(2)),
+    ("two", "q_scale", ones(1), ones(2)),
+]
+
+
+@pytest.mark.parametrize("what, argument, good, bad", BAD_AFTER_GOOD, ids=ids)
+def test_bad_batches_after_good_ones(what, argument, good, bad):
+    """With a schedule, and launches that are planned already."""
+    batch = make_batch([(1, 20), (3, 3)])
+    schedule = update(make_schedule(batch), batch)
+    attend(dataclasses.replace(batch, **{argument: good}), schedule)
+    spoilt = dataclasses.replace(batch, **{argument: bad})
+    assert_refused(argument, spoilt, schedule=schedule)
+
+
+def test_fewer_rows_and_pages_after_a_good_batch():
+    batch = make_batch([(1, 20), (3, 3)])
+    schedule = update(make_schedule(batch), batch)
+    attend(batch, schedule)
+    output = torch.full(batch.query.shape, SENTINEL, device=DEVICE)
+    lse = torch.full(batch.query.shape[:2], SENTINEL, device=DEVICE)
+    assert_refused("output", batch, output=output[:2], schedule=schedule)
+    assert_refused("output_lse", batch, lse=lse[:2], schedule=schedule)
+    fewer = dataclasses.replace(batch, value_cache=batch.value_cache[1:])
+    assert_refused("value_cache", fewer, schedule=schedule)
+    none = dataclasses.replace(batch, block_table=None)
+    assert_refused("block_table", none, schedule=schedule)
 
 
 @pytest.mark.parametrize(

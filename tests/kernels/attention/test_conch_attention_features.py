@@ -217,7 +217,7 @@ def test_prefix_lens(lengths, prefix, window):
 
 
 @pytest.mark.parametrize(
-    "window, lookback", [(16, 0), (32, 1), (30, 1), (9, 2), (1, 0)]
+    "window, lookback", [(16, 0), (32, 1), (30, 1), (9, 2), (1, 0), (2**32, 3)]
 )
 @all_batches
 def test_chunk_lookback(lengths, window, lookback):

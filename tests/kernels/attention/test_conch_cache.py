@@ -434,6 +434,8 @@ ERRORS = {
         (lambda w: replace(w, key=w.key[0]), "shape"),
         (lambda w: replace(w, key=w.key.double()), "float64"),
         (lambda w: replace(w, key=w.key[..., ::2]), "strides"),
+        (lambda w: replace(w, key=w.key[:, :0], value=w.value[:, :0]), "shape"),
+        (lambda w: replace(w, key=w.key.tolist()), "list"),
     ],
     "value": [
         (lambda w: replace(w, value=w.value[:3]), "shape"),
@@ -450,6 +452,7 @@ ERRORS = {
         (lambda w: replace(w, key_cache=w.key_cache.transpose(1, 2)), "shape"),
         (lambda w: replace(w, key_cache=w.key_cache.view(torch.int16)), "int16"),
         (lambda w: replace(w, key_cache=w.key_cache.float()), "float32"),
+        (lambda w: replace(w, key_cache=w.key_cache[:, :0]), "shape"),
         (lambda w: replace(w, key_cache=w.key_cache.to("meta")), "device meta"),
     ],
     "value_cache": [
@@ -462,6 +465,7 @@ ERRORS = {
     ],
     "slot_mapping": [
         (lambda w: replace(w, slot_mapping=w.slot_mapping[None]), "shape"),
+        (lambda w: replace(w, slot_mapping=w.slot_mapping.tolist()), "list"),
         (lambda w: replace(w, slot_mapping=w.slot_mapping.int()), "int32"),
         (lambda w: replace(w, slot_mapping=w.slot_mapping.repeat(2)), "slots"),
         (lambda w: replace(w, slot_mapping=w.slot_mapping[::2]), "strides"),
@@ -469,6 +473,7 @@ ERRORS = {
     ],
     "k_scale": [
         (lambda w: replace(w, k_scale=torch.ones(2, device=DEVICE)), "shape"),
+        (lambda w: replace(w, k_scale=0.5), "float"),
         (
             lambda w: replace(w, k_scale=torch.ones(1, device=DEVICE).half()),
             "float16",

@@ -37,7 +37,11 @@ from tests.kernels.attention.conch_kv_formats import (
     rotate,
     shared_out,
 )
-from tests.kernels.attention.conch_reference import Attention, output_tolerance
+from tests.kernels.attention.conch_reference import (
+    SENTINEL,
+    Attention,
+    output_tolerance,
+)
 from vllm.attention.ops.conch import reshape_and_cache
 from vllm.attention.ops.conch.kv_format import decode_e4m3
 from vllm.attention.ops.conch.rotation import prepare as prepare_rotation
@@ -107,8 +111,7 @@ def query_as_rotated(batch: ScaledBatch) -> torch.Tensor:
     rotated = torch.zeros(batch.query.shape, dtype=batch.query.dtype, device=DEVICE)
     padded = max(32, triton.next_power_of_2(head_size))
     norm = split_norm(head_size)[0]
-    end = batch.query_start_loc[-1:]
-    rotate_heads(rotated, batch.query, end, padded, divisor=norm)
+    rotate_heads(rotated, batch.query, batch.query_start_loc, padded, divisor=norm)
     assert not rotated[live:].any(), "rows of no sequence were written"
     exact = rotate(batch.query[:live]) / norm
     unit = torch.finfo(rotated.dtype).eps
@@ -153,6 +156,19 @@ def test_rotations_of_each_dtype_have_a_launch_of_their_own():
     dtypes = [(dtype, dtype) for dtype in (torch.float16, torch.float32)]
     launches = {id(prepare_rotation(*heads, *strides, pair, None)) for pair in dtypes}
     assert len(launches) == len(dtypes)
+
+
+@pytest.mark.parametrize("kv_dtype", FORMATS.values(), ids=FORMATS.keys())
+def test_rows_before_the_first_sequence(kv_dtype):
+    """They stay as they are, as all that are of no sequence."""
+    batch = scaled_batch([(2, 20), (3, 9)], kv_dtype)
+    rows = torch.cat([batch.query[:2], batch.query])
+    shifted = dataclasses.replace(
+        batch, query=rows, query_start_loc=batch.query_start_loc + 2
+    )
+    output = torch.full_like(rows, SENTINEL)
+    call(shifted, output)
+    assert (output[:2] == SENTINEL).all() and (output[2:7] != SENTINEL).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

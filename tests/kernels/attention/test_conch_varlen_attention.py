@@ -219,6 +219,25 @@ def test_rows_beyond_int32(lengths, multiple):
     compare(batch, output, lse)
 
 
+@pytest.mark.parametrize("kv_dtype", [None, *KV_FP8_DTYPES])
+@pytest.mark.parametrize("query_len", [1, 20])
+def test_a_cache_of_one_page_before_a_larger_one(query_len, kv_dtype):
+    """As while vLLM measures memory: launches are planned by what has no stride yet."""
+    options = {"head_size": 48, "block_size": 48, "kv_dtype": kv_dtype}
+    batch = make_batch([(query_len, 190)], **options)
+    small = make_batch([(query_len, 40)], **options)
+    page = small.block_table[0, :1].long()
+    caches = {
+        name: getattr(small, name)[page].as_strided(
+            getattr(small, name)[:1].shape, getattr(small, name).stride()
+        )
+        for name in ("key_cache", "value_cache")
+    }
+    table = torch.zeros_like(batch.block_table)
+    check(dataclasses.replace(small, block_table=table, **caches))
+    check(batch)
+
+
 WINDOWS = [1, 2, 15, 16, 17, 40, 1000]
 
 

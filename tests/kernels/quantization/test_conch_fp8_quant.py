@@ -306,6 +306,10 @@ ONE = torch.ones(1, device=DEVICE)
 ERRORS = [
     ("input", {"input": [1.0]}, "list"),
     ("input", {"input": ONE}, "shape"),
+    ("input", {"input": ONE[0]}, "shape"),
+    ("scale", {"scale": 2.0}, "float"),
+    ("scale_ub", {"scale_ub": 2.0, "per_token": True}, "float"),
+    ("output", {"output": [1.0]}, "list"),
     ("input", {"input": torch.ones(2, 3, 4, device=DEVICE)}, "flatten"),
     ("input", {"input": torch.ones(2, 16, device=DEVICE).int()}, "int32"),
     ("scale", {"scale": torch.ones(2, device=DEVICE)}, "shape"),

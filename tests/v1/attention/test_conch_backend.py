@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.v1.attention.conch_release import (
     KV_LAYOUTS,
+    bind_kv_cache,
     build_with_images,
     run_layer,
 )
@@ -44,6 +45,7 @@ from vllm.v1.attention.backends.conch_attn import (
     ConchAttentionImpl,
     ConchAttentionMetadataBuilder,
 )
+from vllm.v1.attention.backends.conch_base import bound_kv_cache
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
@@ -397,6 +399,24 @@ def test_buffers_hold_consecutive_batches() -> None:
     engine = Engine(num_speculative_tokens=3)
     for batch in ("mixed", "decode", "prefill", "verify", "decode", "chunked"):
         engine.step(BATCHES[batch])
+
+
+@pytest.mark.parametrize("layout", KV_LAYOUTS)
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_a_cache_of_one_block_is_replaced(kv_cache_dtype: str, layout: str) -> None:
+    """As vLLM does that of a profiled CUDA graph, with one sequence at a time."""
+    engine = Engine(kv_cache_dtype=kv_cache_dtype, layout=layout)
+    (layer,) = engine.layers
+    whole = bound_kv_cache(layer)
+    blocks = whole.shape.index(engine.num_blocks)
+    bind_kv_cache(layer, whole.narrow(blocks, 0, 1))
+    common = engine.fill([(1, 0)])
+    engine.block_table.zero_()
+    rows = engine.new_tokens(layer, 1)
+    run_layer(layer, *rows, engine.builder.build(0, common), torch.empty_like(rows[0]))
+    bind_kv_cache(layer, whole)
+    engine.step([(1, 40)])
+    engine.step([(20, 50)])
 
 
 def test_sleep_may_discard_buffers() -> None:

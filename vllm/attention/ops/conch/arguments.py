@@ -46,13 +46,28 @@ FEATURES = (
 OPTIONAL = ("q_scale", "k_scale", "v_scale", "output_lse", *FEATURES)
 # What is indexed by the sequence, and so may be longer than the batch.
 PER_SEQUENCE = ("causal", "mm_prefix_range", "prefix_lens")
+# What is the same for all batches, its first size included.
+OF_A_LAYER = (
+    "q_scale",
+    "k_scale",
+    "v_scale",
+    "sinks",
+    "alibi_slopes",
+    "output_scale",
+)
+# Smaller ones overflow fp32; with larger ones tanh rounds logits away.
+SOFTCAPS = (1e-3, 1e4)
+
+
+def check_tensors(tensors: dict[str, torch.Tensor | None]) -> None:
+    """Rejects what is no tensor."""
+    for name, tensor in tensors.items():
+        if tensor is not None or name not in OPTIONAL:
+            check_tensor(name, tensor)
 
 
 def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, TensorSpec]:
     """The tensors' specs, or a ValueError of `varlen_attention`."""
-    for name, tensor in tensors.items():
-        if tensor is not None or name not in OPTIONAL:
-            check_tensor(name, tensor)
     specs = {n: TensorSpec(*signature(t)) for n, t in tensors.items() if t is not None}
     query, key_cache = specs["query"], specs["key_cache"]
     rows = ("num_tokens", "num_query_heads", "head_size")
@@ -102,6 +117,12 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
     check_dtype("value_cache", value_cache, (key_cache.dtype,), advice)
     for name in ("query", "output", "key_cache", "value_cache"):
         check_last_stride(name, specs[name])
+    for name in ("query", "output"):
+        stride = free_strides(specs[name])[1]
+        if stride * num_query_heads >= 2**31:
+            allowed = f"less than 2^31 / {num_query_heads} from head to head"
+            advice = f"Pass {name}.contiguous()."
+            reject(name, f"stride {stride}", allowed, advice)
     if query.dtype == QUERY_FP8_DTYPE and not reads_e4m3(
         query.dtype, this_device(query.device.index)
     ):
@@ -127,8 +148,12 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
         check_shape("causal", causal, ("num_seqs",), (None,))
         check_dtype("causal", causal, (torch.uint8, torch.int32), "Or pass bool.")
         check_last_stride("causal", causal)
-    if "mm_prefix_range" in specs:
+    if ranges := specs.get("mm_prefix_range"):
         check_integers("mm_prefix_range", specs, ("num_seqs", "num_ranges", "2"))
+        dense = (2 * ranges.shape[1], 2, 1)
+        if any(s not in (0, d) for s, d in zip(free_strides(ranges), dense)):
+            got = f"strides {list(ranges.strides)}"
+            reject("mm_prefix_range", got, f"{list(dense)}", "Pass a contiguous one.")
     if "prefix_lens" in specs:
         check_integers("prefix_lens", specs, ("num_seqs",))
     for name in ("q_scale", "output_scale"):
@@ -199,10 +224,12 @@ def check_options(
 
     causal: of every sequence.
     """
-    if not (math.isfinite(scale) and scale > 0):
+    if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
         reject("scale", scale, "a positive number")
-    if not (math.isfinite(softcap) and softcap >= 0):
-        reject("softcap", softcap, "a positive number, or 0 for none")
+    smallest, largest = SOFTCAPS
+    is_number = isinstance(softcap, (int, float))
+    if not (is_number and (softcap == 0 or smallest <= softcap <= largest)):
+        reject("softcap", softcap, f"{smallest} to {largest}, or 0 for none")
     check_window(sight.sliding_window, sight.chunk_lookback)
     if sight.chunk_lookback >= 0 and not causal:
         reject("chunk_lookback", sight.chunk_lookback, "-1 where causal is not True")
@@ -241,28 +268,40 @@ def shape_of(query, key_cache, k_scale) -> Shape:
     )
 
 
+def first_size(tensor: torch.Tensor) -> int:
+    return tensor.shape[0] if tensor.dim() else 0
+
+
 def check_batch(
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
+    tensors: dict[str, torch.Tensor | None],
     max_query_len: int,
     sight: Sight,
     schedule: VarlenSchedule,
-    per_sequence: tuple[torch.Tensor | None, ...],
 ) -> None:
-    """Raises the ValueErrors that depend on the batch, checked in every call."""
-    num_seqs = seq_lens.shape[0]
-    if query_start_loc.shape[0] != num_seqs + 1:
-        got = f"{query_start_loc.shape[0]} elements"
+    """Raises the ValueErrors that depend on the batch, checked in every call.
+
+    Those are about first sizes, which launches are not planned for.
+    """
+    sizes = {n: first_size(t) for n, t in tensors.items() if t is not None}
+    num_seqs = sizes["seq_lens"]
+    if sizes["query_start_loc"] != num_seqs + 1:
+        got = f"{sizes['query_start_loc']} elements"
         reject("query_start_loc", got, f"{num_seqs + 1}, one more than seq_lens")
-    if block_table.shape[0] < num_seqs:
-        got = f"{block_table.shape[0]} rows"
+    if sizes["block_table"] < num_seqs:
+        got = f"{sizes['block_table']} rows"
         reject("block_table", got, f"{num_seqs} or more, one per sequence")
+    alike = {"output": "query", "output_lse": "query", "value_cache": "key_cache"}
+    if schedule.shape.token_scales:
+        alike |= {"k_scale": "key_cache", "v_scale": "key_cache"}
+    for name, other in alike.items():
+        if name in sizes and sizes[name] != sizes[other]:
+            allowed = f"{sizes[other]}, as many as {other} has"
+            reject(name, f"{sizes[name]} in its first dimension", allowed)
     updated = schedule.max_query_len, schedule.num_seqs, schedule.sight
     if updated != (max_query_len, num_seqs, sight):
         got = "one updated for max_query_len {}, {} sequences, {}".format(*updated)
         allowed = f"{max_query_len}, {num_seqs} sequences, {sight}"
         reject("schedule", got, allowed, "Call schedule.update with this batch.")
-    for name, tensor in zip(PER_SEQUENCE, per_sequence):
-        if tensor is not None and tensor.shape[0] < num_seqs:
-            reject(name, f"{tensor.shape[0]} rows", f"{num_seqs}, one per sequence")
+    for name in PER_SEQUENCE:
+        if sizes.get(name, num_seqs) < num_seqs:
+            reject(name, f"{sizes[name]} rows", f"{num_seqs}, one per sequence")

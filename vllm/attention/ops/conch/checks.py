@@ -28,6 +28,17 @@ def signature(tensor: torch.Tensor) -> tuple:
     return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
+def signatures_of(tensors: dict[str, torch.Tensor | None]) -> list[tuple | None]:
+    """The signature of each tensor, None for None; a ValueError for what is neither."""
+    try:
+        return [None if t is None else signature(t) for t in tensors.values()]
+    except AttributeError:
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                check_tensor(name, tensor)
+        raise
+
+
 def specs_of(signatures: Sequence[tuple | None]) -> list[Any]:
     """A `TensorSpec` for each signature, None for None."""
     return [None if fields is None else TensorSpec(*fields) for fields in signatures]

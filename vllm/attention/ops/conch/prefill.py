@@ -229,7 +229,8 @@ def prefill_kernel(
     GROUP: tl.constexpr,  # query heads per KV head
     PACK: tl.constexpr,  # query heads in a tile, a divisor of GROUP
     ITEM_TILES: tl.constexpr,  # tiles of rows that an item has
-    HEAD_LANES: tl.constexpr,  # see head_and_item; None: a grid of heads and items
+    HEAD_TILES: tl.constexpr,  # tiles of PACK heads
+    HEAD_LANES: tl.constexpr,  # see head_and_item; None: heads of an item in turn
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -255,11 +256,13 @@ def prefill_kernel(
     FP8: tl.constexpr,  # format of an output that is divided by output_scale, or None
     FP8_MAX: tl.constexpr,
 ):
-    head_tile, item_index = tl.program_id(0), tl.program_id(1)
+    # One dimension, as others of a grid have at most 65535 programs.
+    program = tl.program_id(0)
+    head_tile, item_index = program % HEAD_TILES, program // HEAD_TILES
     if HEAD_LANES is not None:
-        head_tiles, num_items = tl.num_programs(0), tl.num_programs(1)
+        num_items = tl.num_programs(0) // HEAD_TILES
         head_tile, item_index = head_and_item(
-            head_tile + item_index * head_tiles, head_tiles, num_items, HEAD_LANES
+            program, HEAD_TILES, num_items, HEAD_LANES
         )
     first_head = head_tile * PACK
     kv_head = first_head // GROUP
@@ -356,7 +359,7 @@ def prefill_kernel(
     if partial_acc_ptr is not None:
         is_whole = tl.load(item + 7) == 1
         if not is_whole:
-            place = item_index // ITEM_TILES * tl.num_programs(0) + head_tile
+            place = item_index // ITEM_TILES * HEAD_TILES + head_tile
             leave_partial(
                 (partial_acc_ptr, partial_max_ptr, partial_sum_ptr),
                 place * ITEM_TILES + item_index % ITEM_TILES,

@@ -26,7 +26,7 @@ from .checks import (
     check_shape,
     free_strides,
     reject,
-    signature,
+    signatures_of,
     specs_of,
 )
 from .fp8 import FP8_DTYPES, divide_to_fp8, storage_view, triton_fp8
@@ -180,6 +180,9 @@ def check_arguments(
     check_dtype("key", key, SOURCE_DTYPES)
     check_last_stride("key", key)
     num_rows, num_kv_heads, head_size = key.shape
+    if 0 in (num_kv_heads, head_size):
+        some = "one head or more, of one element or more"
+        reject("key", f"shape {list(key.shape)}", some)
 
     advice = "K and V need the same number of tokens, of heads and head size."
     check_shape("value", value, rows, key.shape, advice)
@@ -201,6 +204,8 @@ def check_arguments(
     check_shape(
         "key_cache", key_cache, pages, (None, None, num_kv_heads, width), advice
     )
+    if key_cache.shape[1] == 0:
+        reject("key_cache", f"shape {list(key_cache.shape)}", "pages of slots")
     advice = "View a cache of bytes with cache.view(torch.float8_e4m3fn)."
     allowed = (key.dtype, *FP8_DTYPES, *KV_INTEGER_DTYPES)
     check_dtype("key_cache", key_cache, allowed, advice)
@@ -416,14 +421,16 @@ def reshape_and_cache(
     Raises:
         ValueError: An argument has a wrong shape, dtype, device or stride.
     """
-    signatures = (
-        signature(key),
-        signature(value),
-        signature(key_cache),
-        signature(value_cache),
-        signature(slot_mapping),
-        None if k_scale is None else signature(k_scale),
-        None if v_scale is None else signature(v_scale),
+    signatures = signatures_of(
+        dict(
+            key=key,
+            value=value,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            slot_mapping=slot_mapping,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
     )
     k_scale_shape = None if k_scale is None else k_scale.shape
     if has_token_scales(key_cache.dtype, k_scale_shape):

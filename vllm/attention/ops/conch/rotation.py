@@ -111,12 +111,13 @@ def rotate_rows(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_tokens_ptr"])
+@triton.jit(do_not_specialize=["first_token_ptr", "end_token_ptr"])
 def rotate_kernel(
     target_ptr,  # [num_tokens, NUM_HEADS, HEAD_SIZE]; may be the source
     source_ptr,
     matrix_ptr,  # [HEAD_PADDED, HEAD_PADDED]
-    num_tokens_ptr,  # [1] tokens that count
+    first_token_ptr,  # [1] of the tokens that count
+    end_token_ptr,  # [1] one past the last
     scale_ptr,  # [1] by which the result is divided; None: 1
     target_strides,  # (token, head)
     source_strides,
@@ -130,7 +131,7 @@ def rotate_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = (row // NUM_HEADS).to(tl.int64)
     head = row % NUM_HEADS
-    valid = token < tl.load(num_tokens_ptr)
+    valid = (token >= tl.load(first_token_ptr)) & (token < tl.load(end_token_ptr))
     rotated = rotate_rows(
         source_ptr + token * source_strides[0] + head * source_strides[1],
         valid,
@@ -181,7 +182,7 @@ def prepare(
 def rotate(
     target: torch.Tensor,
     source: torch.Tensor,
-    num_tokens: torch.Tensor,
+    query_start_loc: torch.Tensor,
     head_padded: int,
     *,
     divisor: float,
@@ -195,7 +196,8 @@ def rotate(
         target: [num_tokens, num_heads, head_size], the bytes of fp8 if that is given.
             It may be the source.
         source: the same shape, float16, bfloat16 or float32.
-        num_tokens: [1] int32, rows of later tokens are neither read nor written.
+        query_start_loc: [num_seqs + 1] int32, rows of no sequence are neither read nor
+            written.
         head_padded: head_size padded to a power of two, 32 or more.
         divisor: power of two by which the result is divided.
         inverse: rotates back.
@@ -216,4 +218,5 @@ def rotate(
         head_size, head_padded, source.dtype, source.device, divisor, inverse
     )
     programs = triton.cdiv(tokens * num_heads, ROWS)
-    launch(target, source, matrix, num_tokens, scale, grid=(programs, 1))
+    bounds = query_start_loc[:1], query_start_loc[-1:]
+    launch(target, source, matrix, *bounds, scale, grid=(programs, 1))

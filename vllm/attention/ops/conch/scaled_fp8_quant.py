@@ -379,12 +379,15 @@ def scaled_fp8_quant(
             without effect beside the others.
     """
     check_tensor("input", input)
+    for name, tensor in dict(scale=scale, scale_ub=scale_ub, output=output).items():
+        if tensor is not None:
+            check_tensor(name, tensor)
     if scale is not None and per_token:
         reject("scale", "a tensor", "None with per_token=True", "It finds its own.")
     if scale_ub is not None and not per_token:
         reject("scale_ub", "a tensor", "None without per_token=True")
     if output is None:
-        rows = max(input.shape[0], num_token_padding or 0)
+        rows = max(len(input) if input.dim() else 0, num_token_padding or 0)
         output = torch.empty(
             (rows, *input.shape[1:]),
             dtype=dtype or default_dtype(),

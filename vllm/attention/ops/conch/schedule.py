@@ -460,10 +460,10 @@ class Sight(NamedTuple):
     @property
     def window(self) -> int:
         """The kernels' window: keys, or with a lookback keys of a chunk."""
-        window = self.sliding_window or 0
+        window = min(self.sliding_window or 0, WIDEST_WINDOW)
         if self.chunk_lookback >= 0:
             window //= self.chunk_lookback + 1
-        return min(window, WIDEST_WINDOW)
+        return window
 
     def constants(self) -> dict[str, object]:
         """As the kernels' constexprs."""
@@ -489,7 +489,9 @@ def count_ranges(mm_prefix_range: torch.Tensor) -> int:
 
 def check_window(sliding_window: int | None, chunk_lookback: int) -> None:
     """ValueErrors of a window, or of chunks, that hold no key."""
-    if sliding_window is not None and sliding_window < 1:
+    if sliding_window is not None and (
+        not isinstance(sliding_window, int) or sliding_window < 1
+    ):
         reject("sliding_window", sliding_window, "1 or more, or None for none")
     if chunk_lookback >= 0 and (sliding_window or 0) <= chunk_lookback:
         allowed = f"-1 for none, or less than sliding_window={sliding_window}"

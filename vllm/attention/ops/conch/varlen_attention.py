@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Attention of ragged batches over a paged KV cache."""
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -12,12 +13,14 @@ from vllm.triton_utils import triton
 from . import hopper_decode, hopper_fp8_prefill, hopper_prefill
 from .arguments import (
     FEATURES,
+    OF_A_LAYER,
     PER_SEQUENCE,
     check_arguments,
     check_batch,
     check_fours,
     check_options,
     check_schedule,
+    check_tensors,
     shape_of,
 )
 from .checks import TensorSpec, free_strides
@@ -86,11 +89,19 @@ def row_strides(spec: TensorSpec) -> tuple[int, int]:
     return spec.strides[0], free_strides(spec)[1]
 
 
-def layer_key(tensor: torch.Tensor | None) -> tuple | None:
-    """All that matters of a tensor but its first size, which changes with the batch."""
+def page_strides(spec: TensorSpec) -> tuple[int, ...]:
+    """Strides of pages, slots and heads; a cache of one page needs its for others."""
+    return spec.strides[0], *free_strides(spec)[1:3]
+
+
+def layer_key(name: str, tensor: torch.Tensor | None) -> tuple | None:
+    """All that matters of a tensor; its first size does not if it may change."""
     if tensor is None:
         return None
-    return tensor.dtype, tensor.device, tensor.shape[1:], tensor.stride()
+    shape = tensor.shape
+    if name not in OF_A_LAYER or len(shape) == 3:  # scales of a cache's tokens
+        shape = shape[1:]
+    return tensor.dtype, tensor.device, shape, tensor.stride()
 
 
 # From as many rows on Hopper's matrix units take V from shared memory, where pairs
@@ -174,10 +185,10 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         cap_scale = 2 * LOG2_E * scale / options.softcap
     lse = specs.get("output_lse")
     sight = options.sight
-    strides = [free_strides(specs[name])[:3] for name in ("key_cache", "value_cache")]
+    strides = [page_strides(specs[name]) for name in ("key_cache", "value_cache")]
     scale_strides, stride_unit = None, 1
     if shape.token_scales:
-        scale_strides = tuple(free_strides(specs[n]) for n in ("k_scale", "v_scale"))
+        scale_strides = tuple(page_strides(specs[n]) for n in ("k_scale", "v_scale"))
         stride_unit = math.gcd(16, *strides[0], *strides[1])
         strides = [tuple(s // stride_unit for s in three) for three in strides]
     arguments = (
@@ -241,11 +252,12 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
     def plan_prefill(config: Config) -> Launch:
         return Launch(
             prefill_kernel,
-            (shape.num_query_heads // plan.prefill_pack,),
+            (1,),  # for each head tile of each tile of rows
             arguments,
             dict(
                 PACK=plan.prefill_pack,
                 ITEM_TILES=plan.prefill_rows // config.block_m,
+                HEAD_TILES=shape.num_query_heads // plan.prefill_pack,
                 HEAD_LANES=plan.head_lanes,
                 MASKED_TILE=config.masked_tile or config.tile,
                 SYNCED=config.synced,
@@ -397,10 +409,9 @@ class PreparedAttention:
         """
         self.schedule = schedule
         plan, shape = schedule.plan, schedule.shape
-        self.prefill_grid = (
-            shape.num_query_heads // plan.prefill_pack,
-            plan.prefill_rows // plan.prefill.block_m,  # for each item
-        )
+        self.item_programs = (  # head tiles, and tiles of rows for each of these
+            shape.num_query_heads // plan.prefill_pack
+        ) * (plan.prefill_rows // plan.prefill.block_m)
         caches, options = (key_cache, value_cache), (*scales, *features)
         decode_work = (
             block_table,
@@ -459,8 +470,7 @@ class PreparedAttention:
             self.hopper_prefill
             and self.hopper_prefill(query, output, output_lse, (num_items,))
         ):
-            head_tiles, item_tiles = self.prefill_grid
-            grid = (head_tiles, num_items * item_tiles)
+            grid = (num_items * self.item_programs, 1)
             self.prefill(output, output_lse, query, grid=grid)
         if self.combine is not None:
             self.combine(output, output_lse)
@@ -585,6 +595,7 @@ def varlen_attention(
     )
     if has_features:
         tensors.update(zip(FEATURES, features))
+    check_tensors(tensors)
     num_ranges = None if mm_prefix_range is None else count_ranges(mm_prefix_range)
     sight = make_sight(
         sliding_window,
@@ -616,15 +627,7 @@ def varlen_attention(
             mm_prefix_in_window=mm_prefix_in_window,
             prefix_lens=prefix_lens,
         )
-    check_batch(
-        query_start_loc,
-        seq_lens,
-        block_table,
-        max_query_len,
-        sight,
-        schedule,
-        (flags, mm_prefix_range, prefix_lens) if has_features else (),
-    )
+    check_batch(tensors, max_query_len, sight, schedule)
     shape, plan = schedule.shape, schedule.plan
     value_offset = None
     if shape.token_scales:
@@ -642,7 +645,7 @@ def varlen_attention(
         schedule.num_workers,
         schedule.segment_slots,
     )
-    key = (options, *map(layer_key, tensors.values()))
+    key = (options, *itertools.starmap(layer_key, tensors.items()))
     launches = LAUNCHES.get(key)
     if launches is None:
         check_options(scale, softcap, all_causal, sight, max_query_len)
@@ -659,8 +662,7 @@ def varlen_attention(
     if is_int4:
         rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         divisor = split_norm(shape.head_size)[0]
-        num_tokens = query_start_loc[-1:]
-        rotate(rotated, query, num_tokens, shape.head_padded, divisor=divisor)
+        rotate(rotated, query, query_start_loc, shape.head_padded, divisor=divisor)
         if output_scale is not None:
             attended = torch.empty_like(rotated)
             features = (*features[:-1], None)
@@ -682,7 +684,7 @@ def varlen_attention(
         rotate(
             output,
             attended,
-            num_tokens,
+            query_start_loc,
             shape.head_padded,
             divisor=float(block_size(shape.head_size)),
             inverse=True,
