@@ -530,7 +530,8 @@ def varlen_attention(
         scale: factor of the logits before the softmax, positive.
         causal: a token sees the keys up to its own; False: all seq_len keys. Or a
             flag for each sequence, [num_seqs] bool or int32.
-        softcap: logits become softcap * tanh(logits / softcap); 0: they stay.
+        softcap: logits become softcap * tanh(logits / softcap), 1e-3 to 1e4; 0: they
+            stay.
         sliding_window: a token sees only this many keys, its own included; if not
             causal, keys less than this far away on both sides. None: all.
         q_scale: [1] float32, what the query was divided by.
