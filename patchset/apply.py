@@ -3,7 +3,8 @@
 """Puts CONCH into a vLLM tree and takes it out again.
 
 Everything is computed and checked in memory first; then all files are staged and
-renamed into place, and any failure puts the old ones back. A record
+renamed into place, and any failure puts the old ones back; one that cannot be put
+back is named, and the record stays, for `revert` to finish it. A record
 in the tree (`.conch/`, or `conch/` inside an installed package's dist-info) holds
 upstream's originals and the hashes of what was written. So a second run finds nothing
 to do, a run after the overlay changed updates, and `revert` gives back every byte.
@@ -12,6 +13,7 @@ A file that somebody changed after it was patched is never overwritten unasked.
 """
 
 import base64
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -371,28 +373,41 @@ class _Transaction:
     """Writes and removals that all happen or none.
 
     `write` only notes; `commit` stages every file, then renames one after the other
-    into place. Leaving the `with` block by an exception undoes what was done.
+    into place. Leaving the `with` block by an exception undoes what was done; if a file
+    cannot be put back, the record stays as it is, so that a revert can finish it.
     """
 
     def __init__(self, staging: Path):
         """Take a folder of its own, on the file system of the targets."""
         self._staging = staging
         self._steps: list[tuple[Path, bytes | None]] = []
-        self._undo: list[tuple[Path, bytes | None, int]] = []
+        self._undo: list[tuple[Path, Path | None]] = []
         self._made: list[Path] = []
 
     def __enter__(self) -> "_Transaction":
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        lost: list[str] = []
         if kind is not None:
-            for path, content, mode in reversed(self._undo):
-                self._put(path, None if content is None else self._stage(content, mode))
+            for path, backup in reversed(self._undo):
+                if lost and path.is_relative_to(self._staging.parent):
+                    continue
+                try:
+                    self._put(path, backup)
+                except OSError:
+                    lost.append(str(path))
         shutil.rmtree(self._staging, ignore_errors=True)
         if kind is not None:
             for folder in reversed(self._made):
-                if folder.exists() and not any(folder.iterdir()):
+                with contextlib.suppress(OSError):  # not empty, or not to be removed
                     folder.rmdir()
+        if lost:
+            raise PatchError(
+                f"{error}. These files could not be put back as they were: "
+                f"{', '.join(lost)}. Clear the cause, then `apply --revert` takes the "
+                "rest of CONCH out"
+            ) from error
 
     def write(self, path: Path, content: bytes | None) -> None:
         """Note a file's new content; None removes it."""
@@ -411,12 +426,21 @@ class _Transaction:
             None if content is None else self._stage(content, _mode(path))
             for path, content in self._steps
         ]
-        for (path, _), file in zip(self._steps, staged):
-            old = path.read_bytes() if path.exists() else None
-            self._undo.append((path, old, _mode(path)))
+        # Each file's state before its own step, which may be the second for that file.
+        contents: dict[Path, tuple[bytes | None, int]] = {}
+        backups = []
+        for path, content in self._steps:
+            if path not in contents:
+                old = path.read_bytes() if path.exists() else None
+                contents[path] = old, _mode(path)
+            old, mode = contents[path]
+            backups.append(None if old is None else self._stage(old, mode))
+            contents[path] = content, mode
+        for (path, _), file, backup in zip(self._steps, staged, backups):
             if file is not None:
                 self._make(path.parent)
             self._put(path, file)
+            self._undo.append((path, backup))
 
     def _make(self, folder: Path) -> None:
         for parent in (*reversed(folder.parents), folder):

@@ -156,21 +156,51 @@ def test_a_failing_write_is_rolled_back(
     found = find_tree(tree)
     plan = plan_revert(found) if operation == "revert" else plan_apply(found, release)
     before = snapshot(tree)
-    real, done = apply.os.replace, []
+    real, refuse = apply.os.replace, tree
 
     def replace(source, target):
-        done.append(target)
-        if len(done) == fail_at:
-            raise OSError("disk full")
+        if target == refuse:
+            raise OSError("busy")
         real(source, target)
 
     monkeypatch.setattr(apply.os, "replace", replace)
-    writes = len([step for step in plan.steps if step.content is not None])
-    for fail_at in (1, writes // 2, writes):
-        done.clear()
-        with pytest.raises(OSError, match="disk full"):
+    writes = [step.path for step in plan.steps if step.content is not None]
+    for path in (writes[0], writes[len(writes) // 2], writes[-1]):
+        refuse = found.root / path  # whenever it is tried
+        with pytest.raises(OSError, match="busy"):
             plan.execute()
         assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("operation", ["apply", "revert"])
+def test_what_cannot_be_put_back_is_named_and_can_be_reverted(
+    tree, release, monkeypatch, operation
+):
+    before = snapshot(tree)
+    if operation == "revert":
+        run_apply(tree, release)
+    found = find_tree(tree)
+    plan = plan_revert(found) if operation == "revert" else plan_apply(found, release)
+    writes = [step.path for step in plan.steps if step.content is not None]
+    first, last = found.root / writes[0], found.root / writes[-1]
+    real, done = apply._Transaction._put, []
+
+    def put(self, path, staged):
+        if path == last or path in done:
+            raise OSError("busy")
+        real(self, path, staged)
+        if path == first:
+            done.append(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(apply._Transaction, "_put", put)
+        with pytest.raises(PatchError) as caught:
+            plan.execute()
+    message = str(caught.value)
+    assert "busy" in message and "apply --revert" in message
+    assert str(first) in message and str(found.root / writes[1]) not in message
+    run_revert(tree)
+    assert snapshot(tree) == before
 
 
 @pytest.mark.parametrize("killed_at", [1, 12])
