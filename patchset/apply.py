@@ -9,7 +9,8 @@ in the tree (`.conch/`, or `conch/` inside an installed package's dist-info) hol
 upstream's originals and the hashes of what was written. So a second run finds nothing
 to do, a run after the overlay changed updates, and `revert` gives back every byte.
 
-A file that somebody changed after it was patched is never overwritten unasked.
+A file that somebody changed after it was patched is never overwritten unasked. One that
+upstream changed since, by a checkout of something newer, is the new original.
 """
 
 import base64
@@ -21,8 +22,9 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +64,13 @@ class _Record:
     directory: Path
     files: dict[str, _Entry]
     created: list[str]
+    release: str
 
     @classmethod
     def load(cls, tree: Tree) -> "_Record":
         path = tree.state_dir / "manifest.json"
         if not path.exists():
-            return cls(tree.state_dir, {}, [])
+            return cls(tree.state_dir, {}, [], "")
         try:
             data = json.loads(path.read_bytes())
             if data["format"] != _FORMAT:
@@ -76,14 +79,15 @@ class _Record:
                     f"{data['format']}, this one knows {_FORMAT}); revert with that one"
                 )
             files = {name: _Entry(**entry) for name, entry in data["files"].items()}
-            return cls(tree.state_dir, files, data["created"])
+            release = str(data["release"])
+            return cls(tree.state_dir, files, data["created"], release)
         except (KeyError, TypeError, ValueError) as error:
             raise PatchError(f"{path}: not a record of this tool ({error})") from error
 
-    def dump(self, release: Release, pending: bool) -> bytes:
+    def dump(self, pending: bool) -> bytes:
         data: dict[str, Any] = {
             "format": _FORMAT,
-            "release": str(release.version),
+            "release": self.release,
             "conch": conch_version(),
             "created": sorted(self.created),
             "files": {
@@ -130,6 +134,8 @@ class Plan:
         release: what is applied; None when CONCH is taken out.
         steps: the files to write or remove.
         record: the record that the steps lead to; of a revert, the one they end.
+        forgotten: files that are upstream's own again, newer than the record.
+        notes: what the user should know of the tree.
 
     """
 
@@ -137,11 +143,13 @@ class Plan:
     release: Release | None
     steps: list[Step]
     record: _Record
+    forgotten: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
     @property
     def pending(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self.steps) or self.release is None
+        return bool(self.steps or self.notes) or self.release is None
 
     def execute(self) -> None:
         """Do it, wholly or not at all."""
@@ -173,8 +181,7 @@ def plan_apply(tree: Tree, release: Release, *, overwrite: bool = False) -> Plan
             f"{tree.root}: this vLLM was built with CONCH ({tree.version}); build and "
             "install a newer one instead of patching it"
         )
-    record = _Record.load(tree)
-    _refuse_foreign_changes(tree, record, overwrite)
+    record, forgotten, notes = _settle(tree, _Record.load(tree), overwrite)
 
     def read(path: str) -> bytes | None:
         """The file without CONCH."""
@@ -217,7 +224,8 @@ def plan_apply(tree: Tree, release: Release, *, overwrite: bool = False) -> Plan
             action = "remove" if original is None else "restore"
             steps.append(Step(action, path, original))
     created = sorted({*record.created, *_missing_folders(tree, target)})
-    return Plan(tree, release, steps, _Record(tree.state_dir, entries, created))
+    record = _Record(tree.state_dir, entries, created, str(release.version))
+    return Plan(tree, release, steps, record, forgotten, notes)
 
 
 def plan_revert(tree: Tree, *, overwrite: bool = False) -> Plan:
@@ -234,26 +242,93 @@ def plan_revert(tree: Tree, *, overwrite: bool = False) -> Plan:
     record = _Record.load(tree)
     if not record.files:
         raise PatchError(f"{tree.root}: nothing to revert: not patched by this tool")
-    _refuse_foreign_changes(tree, record, overwrite)
+    record, forgotten, notes = _settle(tree, record, overwrite)
     steps = []
     for path in sorted(record.files):
         if _read(tree, path) != (original := record.original(path)):
             action = "remove" if original is None else "restore"
             steps.append(Step(action, path, original))
-    return Plan(tree, None, steps, record)
+    return Plan(tree, None, steps, record, forgotten, notes)
 
 
-def _refuse_foreign_changes(tree: Tree, record: _Record, overwrite: bool) -> None:
-    changed = [
-        path
-        for path, entry in record.files.items()
-        if not entry.explains(_digest(_read(tree, path)))
-    ]
+def _settle(
+    tree: Tree, record: _Record, overwrite: bool
+) -> tuple[_Record, frozenset[str], tuple[str, ...]]:
+    """Find what changed in a tree since it was patched.
+
+    Returns:
+        The record without the files that are upstream's own again; those; what to tell
+        the user.
+
+    Raises:
+        PatchError: a file was changed by somebody else, or its original is not known.
+
+    """
+    moved = bool(record.files) and record.release != tree.version.public
+    kept, forgotten, changed, unclear = {}, [], [], []
+    committed = _committed(tree, record)
+    for path, entry in record.files.items():
+        digest, head = _digest(_read(tree, path)), committed(path)
+        known = entry.explains(digest)
+        if known and (not moved or entry.original in (None, head)):
+            kept[path] = entry
+        elif head is not None and digest == head:
+            forgotten.append(path)
+        elif (
+            moved and entry.original and digest not in (entry.patched, *entry.previous)
+        ):
+            forgotten.append(path)  # the other release's, or its edits will not match
+        elif entry.original and (moved or head not in (None, entry.original)):
+            unclear.append(path)
+        else:
+            kept[path] = entry
+            changed.append(path)
+    if unclear:
+        raise PatchError(
+            f"{tree.root}: patched as vLLM {record.release}, {tree.version.public} "
+            "now, with other files from upstream; these have CONCH's edits or yours in "
+            f"them all the same: {', '.join(sorted(unclear))}. Bring upstream's own "
+            "back (`git checkout HEAD -- FILE`, or from a fresh tree), then run this "
+            "again"
+        )
     if changed and not overwrite:
         raise PatchError(
             f"{tree.root}: changed since it was patched: {', '.join(sorted(changed))}. "
             "Undo those changes, or use --overwrite to drop them"
         )
+    notes = []
+    if moved:
+        notes.append(
+            f"patched as vLLM {record.release}, {tree.version.public} now: what CONCH "
+            f"added for {record.release} goes"
+        )
+    if forgotten:
+        notes.append(f"upstream's own, newer: {', '.join(sorted(forgotten))}")
+    record = dataclasses.replace(record, files=kept)
+    return record, frozenset(forgotten), tuple(notes)
+
+
+def _committed(tree: Tree, record: _Record) -> Callable[[str], str | None]:
+    """What gives the sha256 of a file as git's HEAD has it.
+
+    It gives None without git, and where CONCH itself was committed: then HEAD does not
+    have upstream's files.
+    """
+
+    def git(*arguments: str) -> bytes | None:
+        command = ["git", "-C", str(tree.root), *arguments]
+        try:
+            result = subprocess.run(command, capture_output=True, check=False)
+        except OSError:
+            return None
+        return None if result.returncode else result.stdout
+
+    if tree.installed or not (tree.root / ".git").exists():
+        return lambda path: None
+    added = [path for path, entry in record.files.items() if entry.original is None]
+    if added and git("ls-tree", "-r", "--name-only", "HEAD", "--", *added) != b"":
+        return lambda path: None
+    return lambda path: _digest(git("show", f"HEAD:./{path}"))
 
 
 def _write(plan: Plan, transaction: "_Transaction") -> None:
@@ -271,15 +346,14 @@ def _write(plan: Plan, transaction: "_Transaction") -> None:
     else:
         stale = [path for path in old.files if path not in record.files]
         for path, entry in record.files.items():
-            if entry.original is not None and path not in old.files:
+            known = path in old.files and path not in plan.forgotten
+            if entry.original is not None and not known:
                 transaction.write(record.original_path(path), _read(tree, path))
         if not tree.installed:
             transaction.write(ignore, b"*\n")
-        pending = {path: old.files[path] for path in stale} | record.files
-        transaction.write(
-            manifest,
-            _Record(record.directory, pending, record.created).dump(plan.release, True),
-        )
+        going = {path: old.files[path] for path in stale if path not in plan.forgotten}
+        pending = dataclasses.replace(record, files=going | record.files)
+        transaction.write(manifest, pending.dump(pending=True))
     for step in plan.steps:
         transaction.write(tree.root / step.path, step.content)
         if step.action == "remove":
@@ -288,7 +362,7 @@ def _write(plan: Plan, transaction: "_Transaction") -> None:
         transaction.write(ignore, None)
         transaction.write(manifest, None)
     else:
-        transaction.write(manifest, record.dump(plan.release, False))
+        transaction.write(manifest, record.dump(pending=False))
     for path in stale:
         transaction.write(record.original_path(path), None)
     transaction.commit()

@@ -80,6 +80,8 @@ def _apply(options: argparse.Namespace) -> None:
     else:
         release = get_release(tree.version)
         plan = plan_apply(tree, release, overwrite=options.overwrite)
+    for note in plan.notes:
+        _say(note)
     for step in plan.steps:
         _say(f"  {step.action:8}{step.path}")
     if not plan.pending:

@@ -17,7 +17,7 @@ from conftest import rewrite, snapshot
 from patchset import apply, overlay
 from patchset.apply import plan_apply, plan_revert
 from patchset.errors import PatchError
-from patchset.releases import ROOT, Release, supported_names
+from patchset.releases import ROOT, Release, supported, supported_names
 from patchset.trees import find_tree
 
 
@@ -244,6 +244,156 @@ def test_changes_made_after_patching_are_not_lost(tree, release):
     assert snapshot(tree) == between
     run_revert(tree, overwrite=True)
     assert snapshot(tree) == before
+
+
+def git(folder: Path, *arguments: str) -> None:
+    """Run git as somebody."""
+    who = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True)
+
+
+def commit(folder: Path, tag: str) -> None:
+    """Commit a tree as it is, as a release."""
+    git(folder, "add", "--all", "--force")
+    git(folder, "commit", "-q", "-m", tag)
+    git(folder, "tag", tag)
+
+
+@pytest.fixture
+def checkout(tree: Path, release: Release, pristine) -> Path:
+    """A repository with two releases, of which `release` is checked out."""
+    (other,) = (r for r in supported() if r is not release)
+    git(tree, "init", "-q")
+    (tree / "PKG-INFO").unlink()
+    commit(tree, f"v{release.version}")
+    for edit in release.edits:
+        (tree / edit.file).unlink(missing_ok=True)
+    for edit in other.edits:
+        (tree / edit.file).parent.mkdir(parents=True, exist_ok=True)
+        (tree / edit.file).unlink(missing_ok=True)
+        shutil.copy(pristine(other) / edit.file, tree / edit.file)
+    commit(tree, f"v{other.version}")
+    git(tree, "checkout", "-q", f"v{release.version}")
+    return tree
+
+
+def files(folder: Path, folders: bool = True) -> dict[str, tuple[str, int]]:
+    """What a folder holds, but for git's own; without folders, and the record too."""
+    return {
+        name: state
+        for name, state in snapshot(folder).items()
+        if not name.startswith(".git/")
+        and (folders or (state[0] and name != ".conch/manifest.json"))
+    }
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_another_release_checked_out_since_is_patched_as_such(
+    checkout, release, overwrite
+):
+    (other,) = (r for r in supported() if r is not release)
+    git(checkout, "checkout", "-q", f"v{other.version}")
+    before = files(checkout)
+    run_apply(checkout, other)
+    expected = files(checkout, folders=False)
+    run_revert(checkout)
+    git(checkout, "checkout", "-q", f"v{release.version}")
+    run_apply(checkout, release)
+    git(checkout, "checkout", "-q", "-f", f"v{other.version}")
+
+    plan = plan_apply(find_tree(checkout), other, overwrite=overwrite)
+    assert f"patched as vLLM {release.version}, {other.version} now" in plan.notes[0]
+    plan.execute()
+    assert files(checkout, folders=False) == expected
+    assert run_apply(checkout, other) == []
+    run_revert(checkout)
+    assert files(checkout) == before
+
+
+def test_another_release_checked_out_since_is_not_reverted_to_the_old_one(
+    checkout, release
+):
+    (other,) = (r for r in supported() if r is not release)
+    git(checkout, "checkout", "-q", f"v{other.version}")
+    before = files(checkout)
+    git(checkout, "checkout", "-q", f"v{release.version}")
+    run_apply(checkout, release)
+    git(checkout, "checkout", "-q", "-f", f"v{other.version}")
+    run_revert(checkout, overwrite=True)
+    assert files(checkout) == before
+
+
+def test_another_release_in_files_that_are_patched_is_refused(tree, release):
+    (other,) = (r for r in supported() if r is not release)
+    run_apply(tree, release)
+    (tree / "PKG-INFO").unlink()
+    (tree / "PKG-INFO").write_text(f"Version: {other.version}\n")
+    before = snapshot(tree)
+    for operation in (
+        lambda: run_apply(tree, other, overwrite=True),
+        lambda: run_revert(tree, overwrite=True),
+    ):
+        with pytest.raises(
+            PatchError, match="with other files from upstream.*registry"
+        ):
+            operation()
+        assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_upstream_changed_since_is_the_new_original(checkout, release, overwrite):
+    path = registry(checkout, release)
+    old = path.read_text()
+    rewrite(path, lambda text: text + "# upstream's\n")
+    git(checkout, "commit", "-q", "-a", "-m", "upstream goes on")
+    before = files(checkout)
+    git(checkout, "checkout", "-q", "HEAD~")
+    run_apply(checkout, release)
+    git(checkout, "checkout", "-q", "-f", "-")
+    assert path.read_text() == old + "# upstream's\n"
+    run_apply(checkout, release, overwrite=overwrite)
+    assert path.read_text().endswith("# upstream's\n")
+    assert "CONCH" in path.read_text()
+    assert run_apply(checkout, release) == []
+    run_revert(checkout)
+    assert files(checkout) == before
+
+    run_apply(checkout, release)
+    git(checkout, "checkout", "-q", "-f", "HEAD~")
+    run_revert(checkout, overwrite=overwrite)
+    assert path.read_text() == old
+
+
+def test_changes_of_upstreams_and_somebodys_are_never_dropped(checkout, release):
+    path = registry(checkout, release)
+    run_apply(checkout, release)
+    patched = path.read_text()
+    git(checkout, "checkout", "-q", "HEAD", "--", ".")
+    rewrite(path, lambda text: text + "# upstream's\n")
+    git(checkout, "commit", "-q", "-a", "-m", "upstream goes on")
+    rewrite(path, lambda text: patched + "# upstream's\n# mine\n")
+    before = files(checkout)
+    for operation in (
+        lambda: run_apply(checkout, release, overwrite=True),
+        lambda: run_revert(checkout, overwrite=True),
+    ):
+        with pytest.raises(
+            PatchError, match="with other files from upstream.*registry"
+        ):
+            operation()
+    assert files(checkout) == before
+
+
+def test_conch_in_a_commit_is_not_taken_for_upstreams(checkout, release):
+    before = files(checkout)
+    run_apply(checkout, release)
+    rewrite(registry(checkout, release), lambda text: text + "# mine\n")
+    git(checkout, "add", "--all")
+    git(checkout, "commit", "-q", "-m", "CONCH")
+    with pytest.raises(PatchError, match="changed since it was patched: .*registry"):
+        run_revert(checkout)
+    run_revert(checkout, overwrite=True)
+    assert files(checkout) == before
 
 
 def test_files_in_the_way_are_refused_or_kept_as_originals(tree, release):
