@@ -155,8 +155,15 @@ class Plan:
         """Do it, wholly or not at all."""
         if not self.pending:
             return
-        with _Transaction(self.record.directory / "staging") as transaction:
-            _write(self, transaction)
+        try:
+            with _Transaction(self.record.directory / "staging") as transaction:
+                _write(self, transaction)
+        except OSError as error:
+            name = error.filename2 or error.filename
+            raise PatchError(
+                f"{error.strerror or error}{f': {name}' if name else ''}. The tree is "
+                "as it was before"
+            ) from error
         if self.release is None:
             for name in self.record.created:
                 _remove_empty(self.tree.root / name)
@@ -419,6 +426,11 @@ def _read(tree: Tree, path: str) -> bytes | None:
         return (tree.root / path).read_bytes()
     except FileNotFoundError:
         return None
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise PatchError(
+            f"{tree.root / path}: CONCH has a file there, and the tree a folder, or a "
+            "file where its folder is to be. Move that away, or take a fresh tree"
+        ) from error
 
 
 def _missing_folders(tree: Tree, paths: Iterable[str]) -> set[str]:

@@ -40,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PatchError as error:
         _err.print(f"error: {error}", style="red", markup=False)
         return 1
+    except OSError as error:  # a folder that cannot be written, a full disk
+        names = [str(name) for name in (error.filename, error.filename2) if name]
+        text = ": ".join([error.strerror or str(error), *names[-1:]])
+        _err.print(f"error: {text}", style="red", markup=False)
+        return 1
     return 0
 
 

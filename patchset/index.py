@@ -18,11 +18,24 @@ from pathlib import Path
 import platformdirs
 import requests
 import rich.progress
-from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple
+from pypi_simple import (
+    PYPI_SIMPLE_ENDPOINT,
+    NoSuchProjectError,
+    PyPISimple,
+    UnsupportedRepoVersionError,
+)
 
 from patchset.errors import PatchError
 from patchset.releases import Release
 
+# What an index that is away or is none leads to: requests' are OSErrors; ValueErrors
+# come from another content type, from bad JSON and from addresses.
+_INDEX_ERRORS = (
+    OSError,
+    NoSuchProjectError,
+    UnsupportedRepoVersionError,
+    ValueError,
+)
 _TIMEOUT = (20.0, 60.0)  # seconds: to connect, and between two chunks
 
 
@@ -47,15 +60,23 @@ def fetch(release: Release, filename: str) -> Path:
         if _sha256(target) == expected:
             return target
         target.unlink()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=target.parent)
+    except OSError as error:
+        raise PatchError(
+            f"{error.strerror}: {error.filename}. Downloads are kept there; name "
+            "another cache folder with XDG_CACHE_HOME"
+        ) from error
+    with scratch as folder:
         partial = Path(folder) / filename
         try:
             _download(filename, expected, partial)
-        except (requests.RequestException, NoSuchProjectError, OSError) as error:
+        except _INDEX_ERRORS as error:
             raise PatchError(
-                f"{filename}: {error}. Without a network, put the file there "
-                f"yourself: {target}"
+                f"{filename}: {error}. PIP_INDEX_URL names another package index, "
+                "PIP_CERT the certificates to trust. Without a network, put the file "
+                f"there yourself: {target}"
             ) from error
         if (found := _sha256(partial)) != expected:
             raise PatchError(

@@ -76,7 +76,11 @@ def edited_files(release: Release, read: Callable[[str], bytes | None]) -> list[
         try:
             if content is None:
                 raise EditError(group[0], "the tree has no such file")
-            edited = apply_edits(content.decode(), group).encode()
+            try:
+                source = content.decode()
+            except UnicodeDecodeError as error:
+                raise EditError(group[0], f"the file is not UTF-8: {error}") from error
+            edited = apply_edits(source, group).encode()
         except EditError as error:
             raise PatchError(
                 f"{error} (vLLM {release.version} found; "

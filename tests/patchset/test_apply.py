@@ -4,6 +4,7 @@
 
 import base64
 import csv
+import errno
 import hashlib
 import json
 import shutil
@@ -167,7 +168,7 @@ def test_a_failing_write_is_rolled_back(
     writes = [step.path for step in plan.steps if step.content is not None]
     for path in (writes[0], writes[len(writes) // 2], writes[-1]):
         refuse = found.root / path  # whenever it is tried
-        with pytest.raises(OSError, match="busy"):
+        with pytest.raises(PatchError, match="busy. The tree is as it was before"):
             plan.execute()
         assert snapshot(tree) == before
 
@@ -417,6 +418,44 @@ def test_a_tree_patched_by_other_means_is_refused(tree, release):
         lambda text: text.replace("    CUSTOM = ", '    CONCH = "x.Y"\n    CUSTOM = '),
     )
     with pytest.raises(PatchError, match="`CONCH = 'x.Y'` is there already"):
+        plan_apply(find_tree(tree), release)
+
+
+def test_a_tree_that_cannot_be_written_is_an_error(tree, release, monkeypatch):
+    before = snapshot(tree)
+    plan = plan_apply(find_tree(tree), release)
+
+    def mkdir(path, *_):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(apply.Path, "mkdir", mkdir)
+    with pytest.raises(PatchError) as caught:
+        plan.execute()
+    assert str(caught.value) == (
+        f"Read-only file system: {tree / '.conch'}. The tree is as it was before"
+    )
+    assert snapshot(tree) == before
+
+
+def test_folders_and_files_in_each_others_places_are_errors(tree, release):
+    paths = [change.path for change in overlay.added_files(release)]
+    kernel = tree / next(path for path in paths if "/ops/conch/" in path)
+    kernel.mkdir(parents=True)
+    with pytest.raises(PatchError, match=f"{kernel}: CONCH has a file there"):
+        plan_apply(find_tree(tree), release)
+    kernel.rmdir()
+    kernel.parent.rmdir()
+    kernel.parent.touch()
+    with pytest.raises(PatchError, match=f"{kernel.parent}/.*: CONCH has a file there"):
+        plan_apply(find_tree(tree), release)
+
+
+def test_a_file_that_is_not_utf_8_is_an_error(tree, release):
+    path = registry(tree, release)
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content + b"# \xe9\n")
+    with pytest.raises(PatchError, match="registry.py: edit '.*the file is not UTF-8"):
         plan_apply(find_tree(tree), release)
 
 

@@ -67,6 +67,22 @@ def test_wrong_usage_exits_with_2(arguments):
     assert run(*arguments).returncode == 2
 
 
+def test_files_in_place_of_folders_are_errors_in_one_line(tmp_path):
+    """No traceback: what is wrong and where."""
+    file = tmp_path / "file"
+    file.touch()
+    for arguments in (
+        ["wheel", "--target", "empty", "--out", file],
+        ["tree", "0.33.0", file / "x"],
+        ["export", "0.33.0", "--out", file, "--signoff", "A <a@example.org>"],
+    ):
+        result = run(*arguments)
+        assert result.returncode == 1
+        assert re.fullmatch(
+            r"error: (File exists|Not a directory): .*file.*\n", result.stderr
+        )
+
+
 def test_what_pip_builds_with_is_what_the_tool_takes():
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
     lines = (ROOT / "requirements/tool.txt").read_text().splitlines()

@@ -93,10 +93,30 @@ def test_without_a_network_the_message_says_where_to_put_the_file(
     with pytest.raises(PatchError) as caught:
         fetch(make_release(), NAME)
     message = str(caught.value)
+    assert "PIP_INDEX_URL" in message and "PIP_CERT" in message
     place = Path(message.rpartition("put the file there yourself: ")[2])
     assert place.is_relative_to(tmp_path / "cache")
     place.write_bytes(CONTENT)
     assert fetch(make_release(), NAME) == place
+
+
+def test_an_index_that_is_none_is_an_error(index):
+    (index / "simple/vllm/index.html").rename(index / "simple/vllm/page.txt")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(PatchError, match="unsupported Content-Type 'text/plain'"),
+    ):
+        patch.setattr(
+            _Handler, "translate_path", lambda *_: str(index / "simple/vllm/page.txt")
+        )
+        fetch(make_release(), NAME)
+
+
+def test_a_cache_that_cannot_be_made_is_an_error(index, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(PatchError, match="Not a directory: .*XDG_CACHE_HOME"):
+        fetch(make_release(), NAME)
 
 
 def test_an_sdist_goes_into_an_empty_folder_only(release, tmp_path):
