@@ -138,9 +138,13 @@ def _pip_setting(name: str) -> str | None:
     """An option of pip's configuration, from its environment variable or its files."""
     if value := os.environ.get(f"PIP_{name.upper().replace('-', '_')}"):
         return value
-    command = [sys.executable, "-m", "pip", "config", "get", f"global.{name}"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None if result.returncode == 0 else None
+    # Isolated (-I): where pip builds us, PYTHONPATH hides the pip that is installed.
+    for options in (["-m"], ["-I", "-m"]):
+        command = [sys.executable, *options, "pip", "config", "get", f"global.{name}"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode == 0:
+            return result.stdout.strip() or None
+    return None
 
 
 class _Progress:

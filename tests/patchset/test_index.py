@@ -5,6 +5,7 @@
 import functools
 import hashlib
 import http.server
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,18 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def make_release(digest: str = DIGEST, name: str = NAME) -> Release:
     """A release with one file."""
     return Release(Version("0.33.0"), Path("releases/0.33.0"), {name: digest}, ())
+
+
+def test_pips_files_count_where_pip_cannot_be_imported(index, tmp_path, monkeypatch):
+    """As in the environment in which `pip install .` builds."""
+    url = os.environ["PIP_INDEX_URL"]
+    (tmp_path / "pip.conf").write_text(f"[global]\nindex-url = {url}\n")
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden/pip.py").write_text("raise ImportError('no pip here')\n")
+    monkeypatch.delenv("PIP_INDEX_URL")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hidden"))
+    assert fetch(make_release(), NAME).read_bytes() == CONTENT
 
 
 def test_a_file_is_fetched_once(index):
