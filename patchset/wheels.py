@@ -38,7 +38,7 @@ def detect_target() -> str:
     """What to build on this machine.
 
     VLLM_TARGET_DEVICE decides if it is set, as in vLLM's own build; otherwise an NVIDIA
-    GPU means `cuda`, and a machine without any GPU `empty`.
+    GPU means `cuda`, and a machine without any GPU `empty`, with a warning on stderr.
 
     Raises:
         PatchError: the machine takes neither.
@@ -52,6 +52,13 @@ def detect_target() -> str:
             target = "rocm"
         else:
             target = "empty"
+            print(
+                "warning: no NVIDIA GPU is visible here: this wheel has Python alone, "
+                "without vLLM's kernels, and does not run on a GPU. For NVIDIA GPUs "
+                "give --target cuda, or VLLM_TARGET_DEVICE=cuda for `pip install .`; "
+                "VLLM_TARGET_DEVICE=empty says that this is meant",
+                file=sys.stderr,
+            )
     if target == "rocm":
         raise PatchError(
             "vLLM has no ROCm wheel on the package index. Make a patched source tree "

@@ -211,7 +211,7 @@ def test_a_machine_without_a_wheel_is_refused(release, tmp_path, machine):
     ],
 )
 def test_the_machine_picks_the_kind_of_wheel(
-    monkeypatch, device, files, programs, expected
+    monkeypatch, capsys, device, files, programs, expected
 ):
     monkeypatch.delenv("VLLM_TARGET_DEVICE", raising=False)
     if device:
@@ -220,6 +220,9 @@ def test_the_machine_picks_the_kind_of_wheel(
     monkeypatch.setattr(wheels.shutil, "which", lambda name: name in programs or None)
     if expected in wheels.TARGETS:
         assert wheels.detect_target() == expected
+        guessed = expected == "empty" and device is None
+        hint = "--target cuda, or VLLM_TARGET_DEVICE=cuda"
+        assert (hint in capsys.readouterr().err) == guessed
     else:
         with pytest.raises(PatchError, match=expected):
             wheels.detect_target()
