@@ -14,8 +14,8 @@ from patchset.apply import Plan, plan_apply, plan_revert
 from patchset.errors import PatchError
 from patchset.export import export
 from patchset.index import unpack_sdist
-from patchset.overlay import added_files
-from patchset.releases import get_release, supported
+from patchset.overlay import added_files, uncommitted
+from patchset.releases import Release, get_release, supported
 from patchset.trees import find_tree
 from patchset.version import combined_version, conch_version
 from patchset.wheels import TARGETS, build_wheel, detect_target
@@ -52,6 +52,14 @@ def _say(text: str) -> None:
     _out.print(text, markup=False)
 
 
+def _warn_of_untracked(release: Release) -> None:
+    """Name the overlay files that git does not know; they are taken all the same."""
+    _, untracked = uncommitted(release)
+    if untracked:
+        names = ", ".join(untracked)
+        _err.print(f"warning: not in git, but taken: {names}", markup=False)
+
+
 def _releases(options: argparse.Namespace) -> None:
     table = Table(title=f"CONCH {conch_version()} on vLLM", title_justify="left")
     for heading in ("release", "kernels in", "edits", "wheels", "verified"):
@@ -84,6 +92,7 @@ def _apply(options: argparse.Namespace) -> None:
         plan = plan_revert(tree, overwrite=options.overwrite)
     else:
         release = get_release(tree.version)
+        _warn_of_untracked(release)
         plan = plan_apply(tree, release, overwrite=options.overwrite)
     for note in plan.notes:
         _say(note)
@@ -104,6 +113,7 @@ def _files(plan: Plan) -> str:
 
 def _tree(options: argparse.Namespace) -> None:
     release = get_release(options.version)
+    _warn_of_untracked(release)
     unpack_sdist(release, options.destination)
     plan = plan_apply(find_tree(options.destination), release)
     plan.execute()
@@ -116,8 +126,10 @@ def _tree(options: argparse.Namespace) -> None:
 def _wheel(options: argparse.Namespace) -> None:
     start = time.monotonic()
     target = detect_target() if options.target == "auto" else options.target
+    release = get_release(options.version)
+    _warn_of_untracked(release)
     wheel = build_wheel(
-        get_release(options.version),
+        release,
         options.out,
         target=target,
         machine=options.machine,
@@ -128,7 +140,9 @@ def _wheel(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    for path in export(get_release(options.version), options.out, options.signoff):
+    release = get_release(options.version)
+    made = export(release, options.out, options.signoff, dirty=options.dirty)
+    for path in made:
         _say(str(path))
 
 
@@ -218,5 +232,10 @@ def _parser() -> argparse.ArgumentParser:
         "--signoff",
         metavar="'NAME <MAIL>'",
         help="who signs off (default: git's user)",
+    )
+    command.add_argument(
+        "--dirty",
+        action="store_true",
+        help="also export what is not committed in this repository",
     )
     return parser

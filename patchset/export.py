@@ -17,7 +17,7 @@ from pathlib import Path
 
 from patchset.errors import PatchError
 from patchset.index import unpack_sdist
-from patchset.overlay import Change, added_files, edited_files
+from patchset.overlay import Change, added_files, edited_files, uncommitted
 from patchset.releases import ROOT, Release
 from patchset.version import conch_version
 
@@ -87,22 +87,34 @@ Before sending this to vLLM
 """
 
 
-def export(release: Release, out: Path, signoff: str | None = None) -> list[Path]:
+def export(
+    release: Release, out: Path, signoff: str | None = None, *, dirty: bool = False
+) -> list[Path]:
     """Write the series of one release.
 
     Args:
         release: the vLLM release that the series is for.
         out: folder for the patches and the cover letter.
         signoff: `Name <mail>` of who signs off; None takes git's user.
+        dirty: also take what is not committed in this repository.
 
     Returns:
         The files written, in order, the cover letter last.
 
     """
     name, mail = _identity(signoff)
+    changed, untracked = uncommitted(release)
+    if not dirty and (loose := sorted(changed + untracked)):
+        raise PatchError(
+            f"not committed: {', '.join(loose)}. Commit or remove them, or export them "
+            "too with --dirty"
+        )
     out.mkdir(parents=True, exist_ok=True)
     if old := sorted(path.name for path in out.glob("*.patch")):
-        raise PatchError(f"{out} has patches already: {', '.join(old)}")
+        raise PatchError(
+            f"{out} has patches already: {', '.join(old)}. Remove them, or give "
+            "another folder with --out"
+        )
     with tempfile.TemporaryDirectory(prefix="conch-") as folder:
         sdist, repository = Path(folder, "sdist"), Path(folder, "repository")
         unpack_sdist(release, sdist)

@@ -3,6 +3,7 @@
 """What one release gets, computed in memory before anything is written."""
 
 import dataclasses
+import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ OVERLAY = ("vllm", "tests", "benchmarks")
 # The tool's own tests stay here.
 EXCLUDED = ("tests/patchset/",)
 _IGNORED = {"__pycache__", ".hypothesis", ".pytest_cache"}
+# What editors, patch and merges leave behind.
+_LEFTOVERS = (".orig", ".rej", "~")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +93,61 @@ def edited_files(release: Release, read: Callable[[str], bytes | None]) -> list[
     return changes
 
 
+def uncommitted(release: Release) -> tuple[list[str], list[str]]:
+    """What of a release's overlay is not as in the last commit.
+
+    Args:
+        release: the release.
+
+    Returns:
+        Files that were changed, and files that git does not know; without git none.
+
+    """
+    own = f"releases/{release.directory.name}"
+    command = ["status", "--porcelain", "--no-renames", "--untracked-files=all", "-z"]
+    changed, untracked = [], []
+    for line in _git(ROOT, *command, "--", *OVERLAY, own) or ():
+        state, path = line[:2], line[3:]
+        if path.startswith(EXCLUDED):
+            continue
+        if state != "??":
+            changed.append(path)
+        elif not path.endswith(_LEFTOVERS):
+            untracked.append(path)
+    return changed, untracked
+
+
+def _git(folder: Path, *arguments: str) -> list[str] | None:
+    """The NUL-separated answer of git; None where this is no repository of ours."""
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        result = subprocess.run(command, capture_output=True, check=False)
+    except OSError:
+        return None
+    if result.returncode:
+        return None
+    return result.stdout.decode(errors="surrogateescape").split("\0")[:-1]
+
+
 def _files(base: Path, tops: Iterable[str]) -> Iterator[tuple[str, str]]:
-    for top in tops:
-        for path in (base / top).rglob("*"):
-            name = path.relative_to(base).as_posix()
-            if (
-                path.is_file()
-                and not _IGNORED.intersection(path.parts)
-                and not name.startswith(EXCLUDED)
-            ):
-                try:
-                    yield name, path.read_bytes().decode()
-                except UnicodeDecodeError as error:
-                    raise PatchError(f"{path}: the overlay holds text only") from error
+    """The texts below some folders, but for what git ignores, where there is git."""
+    tops = [top for top in tops if (base / top).is_dir()]
+    listed = ["ls-files", "-z", "--cached", "--others", "--exclude-standard", "--"]
+    names = _git(base, *listed, *tops) if tops else []
+    if names is None:
+        found = (path for top in tops for path in (base / top).rglob("*"))
+        names = [path.relative_to(base).as_posix() for path in found]
+    for name in names:
+        path = base / name
+        if (
+            path.is_file()
+            and not _IGNORED.intersection(path.parts)
+            and not name.startswith(EXCLUDED)
+            and not name.endswith(_LEFTOVERS)
+        ):
+            try:
+                yield name, path.read_bytes().decode()
+            except UnicodeDecodeError as error:
+                raise PatchError(f"{path}: the overlay holds text only") from error

@@ -74,7 +74,7 @@ def test_files_in_place_of_folders_are_errors_in_one_line(tmp_path):
     for arguments in (
         ["wheel", "--target", "empty", "--out", file],
         ["tree", "0.33.0", file / "x"],
-        ["export", "0.33.0", "--out", file, "--signoff", "A <a@example.org>"],
+        ["export", "0.33.0", "--out", file, "--signoff", "A <a@b.org>", "--dirty"],
     ):
         result = run(*arguments)
         assert result.returncode == 1

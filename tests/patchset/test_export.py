@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The exported series, taken in by git as a reviewer would."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 from conftest import Snapshot, snapshot
 
+from patchset import overlay
 from patchset.apply import plan_apply
 from patchset.cli import main
 from patchset.errors import PatchError
 from patchset.export import COVER_LETTER, export
-from patchset.overlay import added_files
+from patchset.overlay import added_files, uncommitted
 from patchset.releases import Release
 from patchset.trees import find_tree
 
@@ -58,7 +60,7 @@ def check_concerns(release: Release, patches: list[Path]) -> None:
 
 
 def test_git_am_gives_what_apply_gives(full_tree, release, tmp_path):
-    *patches, cover = export(release, tmp_path / "patches", SIGNOFF)
+    *patches, cover = export(release, tmp_path / "patches", SIGNOFF, dirty=True)
     assert [path.name[:4] for path in patches] == [
         f"{number:04}" for number in range(1, len(patches) + 1)
     ]
@@ -106,8 +108,57 @@ def test_upstreams_hooks_have_nothing_to_say(full_tree, release, hook):
 
 def test_older_patches_are_not_mixed_with_new_ones(release, tmp_path):
     (tmp_path / "0007-old.patch").touch()
-    with pytest.raises(PatchError, match="has patches already: 0007-old.patch"):
-        export(release, tmp_path, SIGNOFF)
+    with pytest.raises(
+        PatchError, match="has patches already: 0007-old.patch. Remove .* --out"
+    ):
+        export(release, tmp_path, SIGNOFF, dirty=True)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with an overlay of one file, in place of this one."""
+    folder = tmp_path / "repository"
+    (folder / "vllm").mkdir(parents=True)
+    (folder / "vllm/mine.py").write_text("x = 1\n")
+    (folder / ".gitignore").write_text("*.log\n")
+    git(folder, "init", "-q")
+    git(folder, "add", "--all")
+    git(folder, "commit", "-q", "-m", "overlay")
+    monkeypatch.setattr(overlay, "ROOT", folder)
+    return folder
+
+
+def test_what_git_ignores_and_leftovers_are_no_overlay(repository, release):
+    for name in ("run.log", "mine.py.orig", "mine.py.rej", "mine.py~", "new.py"):
+        (repository / "vllm" / name).write_text("x = 2\n")
+    own = {c.path for c in added_files(release, package_only=True)}
+    assert {"vllm/mine.py", "vllm/new.py"} <= own
+    assert not [name for name in own if not name.endswith(".py")]
+    assert uncommitted(release) == ([], ["vllm/new.py"])
+    shutil.rmtree(repository / ".git")  # an archive of the repository
+    assert {"vllm/mine.py", "vllm/new.py", "vllm/run.log"} <= {
+        c.path for c in added_files(release, package_only=True)
+    }
+    assert uncommitted(release) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["mine.py", "new.py"])
+def test_what_is_not_committed_is_not_exported_unasked(
+    repository, release, tmp_path, name
+):
+    (repository / "vllm" / name).write_text("x = 2\n")
+    with pytest.raises(PatchError, match=f"not committed: vllm/{name}.*--dirty"):
+        export(release, tmp_path / "patches", SIGNOFF)
+    assert not (tmp_path / "patches").exists()
+
+
+def test_untracked_files_are_taken_into_a_tree_with_a_warning(
+    repository, release, tree, capsys
+):
+    (repository / "vllm/new.py").write_text("x = 2\n")
+    assert main(["apply", str(tree)]) == 0
+    assert (tree / "vllm/new.py").exists()
+    assert "not in git, but taken: vllm/new.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("signoff", ["Ada", "Ada <ada>", "<ada@example.org>"])
