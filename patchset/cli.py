@@ -3,6 +3,7 @@
 """The command line: arguments, tables and exit codes (0 done, 1 cannot, 2 usage)."""
 
 import argparse
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.table import Table
 from patchset.apply import Plan, plan_apply, plan_revert
 from patchset.errors import PatchError
 from patchset.export import export
-from patchset.index import unpack_sdist
+from patchset.index import check_is_free, unpack_sdist
 from patchset.overlay import added_files, uncommitted
 from patchset.releases import Release, get_release, supported
 from patchset.trees import find_tree
@@ -114,9 +115,16 @@ def _files(plan: Plan) -> str:
 def _tree(options: argparse.Namespace) -> None:
     release = get_release(options.version)
     _warn_of_untracked(release)
-    unpack_sdist(release, options.destination)
-    plan = plan_apply(find_tree(options.destination), release)
-    plan.execute()
+    destination = options.destination.absolute()
+    check_is_free(destination)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    # Made beside it and renamed: no plain vLLM is left where an edit fails.
+    with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
+        made = Path(folder, "tree")
+        unpack_sdist(release, made)
+        plan = plan_apply(find_tree(made), release)
+        plan.execute()
+        made.replace(destination)
     _say(
         f"vLLM {combined_version(release.version)} in {options.destination} "
         f"({len(plan.steps)} files are CONCH's)"

@@ -87,12 +87,17 @@ def fetch(release: Release, filename: str) -> Path:
     return target
 
 
-def unpack_sdist(release: Release, destination: Path) -> None:
-    """Unpack a release's sdist into a folder that does not exist yet or is empty."""
+def check_is_free(destination: Path) -> None:
+    """Refuse a folder that has something in it already."""
     if destination.exists() and (
         not destination.is_dir() or any(destination.iterdir())
     ):
         raise PatchError(f"{destination} exists and is not an empty folder")
+
+
+def unpack_sdist(release: Release, destination: Path) -> None:
+    """Unpack a release's sdist into a folder that does not exist yet or is empty."""
+    check_is_free(destination)
     archive = fetch(release, release.sdist)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with (

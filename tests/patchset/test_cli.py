@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from patchset import version
+from patchset import cli, version
 from patchset.releases import ROOT, supported
 
 
@@ -45,6 +45,29 @@ def test_a_tree_is_made_checked_patched_and_reverted(release, tmp_path):
     assert checked.returncode == 0
     assert "nothing was written" in checked.stdout
     assert not (folder / ".conch").exists()
+
+
+def test_a_tree_whose_edit_fails_is_not_left_behind(tmp_path, monkeypatch, capsys):
+    def unpack(release, destination):
+        (destination / "vllm").mkdir(parents=True)
+        (destination / "vllm/__init__.py").touch()
+        (destination / "setup.py").touch()
+        (destination / "PKG-INFO").write_text(f"Version: {release.version}\n")
+
+    monkeypatch.setattr(cli, "unpack_sdist", unpack)
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        assert cli.main(["tree", "0.33.0", str(tmp_path / name)]) == 1
+        assert "the tree has no such file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_a_tree_goes_into_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert cli.main(["tree", "0.33.0", "."]) == 0
+    assert (tmp_path / "here/vllm/v1/attention/backends/conch_attn.py").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_check_fails_where_apply_would(tree, release):
