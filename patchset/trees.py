@@ -76,8 +76,11 @@ def find_tree(path: Path, version: str | None = None) -> Tree:
             return Tree(root, dist_info, Version(text), evidence)
         except InvalidVersion as error:
             raise PatchError(f"{root}: '{text}' ({evidence}) is no version") from error
+    # Such as who owns the checkout, and how git is told that this is fine.
+    answer = _describe(root)
+    told = f" (git: {' '.join(answer.stderr.split())})" if answer else ""
     raise PatchError(
-        f"{root}: cannot tell vLLM's version: no PKG-INFO, no git tag v*, no "
+        f"{root}: cannot tell vLLM's version: no PKG-INFO, no git tag v*{told}, no "
         "vllm/_version.py; name it with --release"
     )
 
@@ -95,17 +98,23 @@ def _from_pkg_info(root: Path) -> tuple[str, str] | None:
 
 def _from_git(root: Path) -> tuple[str, str] | None:
     """The newest release tag that HEAD contains; commits on top do not matter."""
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--tags", "--match", "v[0-9]*"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
+    if (result := _describe(root)) is None:
         return None
     match = re.fullmatch(r"v(.+?)(-\d+-g[0-9a-f]+)?", result.stdout.strip())
     if result.returncode or not match:
         return None
     return match[1], f"git describe: {result.stdout.strip()}"
+
+
+def _describe(root: Path) -> subprocess.CompletedProcess[str] | None:
+    """What git says of a checkout; None where there is no git."""
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--tags", "--match", "v[0-9]*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
 
 
 def _from_version_file(root: Path) -> tuple[str, str] | None:

@@ -61,6 +61,15 @@ def test_an_unknown_version_is_an_error_that_says_what_to_do(source):
         find_tree(source)
 
 
+def test_what_git_says_is_told_where_it_refuses(source, monkeypatch):
+    git(source, "init", "-q")
+    git(source, "commit", "-q", "--allow-empty", "-m", "release")
+    git(source, "tag", "v0.33.0")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    with pytest.raises(PatchError, match="dubious ownership.*safe.directory.*--rel"):
+        find_tree(source)
+
+
 def test_a_folder_without_vllm_is_an_error(tmp_path):
     with pytest.raises(PatchError, match="holds no vLLM: give a checkout"):
         find_tree(tmp_path)
