@@ -296,7 +296,7 @@ def _settle(
             "now, with other files from upstream; these have CONCH's edits or yours in "
             f"them all the same: {', '.join(sorted(unclear))}. Bring upstream's own "
             "back (`git checkout HEAD -- FILE`, or from a fresh tree), then run this "
-            "again"
+            f"again; if the tree is {record.release} still, say so with --release"
         )
     if changed and not overwrite:
         raise PatchError(

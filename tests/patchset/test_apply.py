@@ -326,6 +326,7 @@ def test_another_release_checked_out_since_is_not_reverted_to_the_old_one(
 
 def test_another_release_in_files_that_are_patched_is_refused(tree, release):
     (other,) = (r for r in supported() if r is not release)
+    original = registry(tree, release).read_bytes()
     run_apply(tree, release)
     (tree / "PKG-INFO").unlink()
     (tree / "PKG-INFO").write_text(f"Version: {other.version}\n")
@@ -339,6 +340,8 @@ def test_another_release_in_files_that_are_patched_is_refused(tree, release):
         ):
             operation()
         assert snapshot(tree) == before
+    plan_revert(find_tree(tree, str(release.version))).execute()  # the user knows
+    assert registry(tree, release).read_bytes() == original
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
