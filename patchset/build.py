@@ -54,5 +54,5 @@ def build_wheel(
         return build_wheel(
             _release(), Path(wheel_directory), target=detect_target()
         ).name
-    except PatchError as error:
+    except (PatchError, OSError) as error:
         raise SystemExit(f"error: {error}") from error

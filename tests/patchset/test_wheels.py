@@ -4,6 +4,7 @@
 
 import base64
 import csv
+import errno
 import hashlib
 import io
 import stat
@@ -242,6 +243,16 @@ def test_pip_install_makes_the_wheel_of_the_chosen_release(
     monkeypatch.setenv("VLLM_TARGET_DEVICE", "empty")
     assert build.build_wheel(str(tmp_path)) == "made.whl"
     assert made == [(release.version, "empty")]
+
+
+def test_pip_install_on_a_full_disk_says_so(tmp_path, monkeypatch):
+    def fake(release, out, *, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(out))
+
+    monkeypatch.setattr(wheels, "build_wheel", fake)
+    monkeypatch.setenv("VLLM_TARGET_DEVICE", "empty")
+    with pytest.raises(SystemExit, match="error: .*No space left on device: "):
+        build.build_wheel(str(tmp_path))
 
 
 def test_pip_install_of_an_unsupported_release_says_so(tmp_path, monkeypatch):
