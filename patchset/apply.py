@@ -24,7 +24,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,8 @@ class Plan:
         if self.release is None:
             for name in self.record.created:
                 _remove_empty(self.tree.root / name)
+            # With what runs left there that were cut off.
+            shutil.rmtree(self.record.directory / "originals", ignore_errors=True)
             _remove_empty(self.record.directory)
 
 
@@ -272,31 +274,22 @@ def _settle(
 
     """
     moved = bool(record.files) and record.release != tree.version.public
-    kept, forgotten, changed, unclear = {}, [], [], []
-    committed = _committed(tree, record)
+    found: dict[str, list[str]] = {state: [] for state in _STATES}
+    edited = [path for path, entry in record.files.items() if entry.original]
+    contents = {path: _read(tree, path) for path in record.files}
+    has_edits = any(b"conch" in (contents[path] or b"").lower() for path in edited)
+    committed = _committed(tree, edited)
     for path, entry in record.files.items():
-        digest, head = _digest(_read(tree, path)), committed(path)
-        known = entry.explains(digest)
-        if known and (not moved or entry.original in (None, head)):
-            kept[path] = entry
-        elif head is not None and digest == head:
-            forgotten.append(path)
-        elif (
-            moved and entry.original and digest not in (entry.patched, *entry.previous)
-        ):
-            forgotten.append(path)  # the other release's, or its edits will not match
-        elif entry.original and (moved or head not in (None, entry.original)):
-            unclear.append(path)
-        else:
-            kept[path] = entry
-            changed.append(path)
-    if unclear:
+        digest = _digest(contents[path])
+        found[_state(entry, digest, committed.get(path), moved, has_edits)].append(path)
+    changed, forgotten = found["changed"], found["forgotten"]
+    if unclear := found["unclear"]:
         raise PatchError(
             f"{tree.root}: patched as vLLM {record.release}, {tree.version.public} "
             "now, with other files from upstream; these have CONCH's edits or yours in "
             f"them all the same: {', '.join(sorted(unclear))}. Bring upstream's own "
-            "back (`git checkout HEAD -- FILE`, or from a fresh tree), then run this "
-            f"again; if the tree is {record.release} still, say so with --release"
+            "back (with git, or from a fresh tree), then run this again; if the tree "
+            f"is {record.release} still, say so with --release"
         )
     if changed and not overwrite:
         raise PatchError(
@@ -311,31 +304,72 @@ def _settle(
         )
     if forgotten:
         notes.append(f"upstream's own, newer: {', '.join(sorted(forgotten))}")
+    kept = {p: e for p, e in record.files.items() if p not in forgotten}
     record = dataclasses.replace(record, files=kept)
     return record, frozenset(forgotten), tuple(notes)
 
 
-def _committed(tree: Tree, record: _Record) -> Callable[[str], str | None]:
-    """What gives the sha256 of a file as git's HEAD has it.
+_STATES = ("known", "forgotten", "changed", "unclear")
 
-    It gives None without git, and where CONCH itself was committed: then HEAD does not
-    have upstream's files.
+
+def _state(
+    entry: _Entry, digest: str | None, head: str | None, moved: bool, has_edits: bool
+) -> str:
+    """What became of a file of the record.
+
+    Args:
+        entry: the record's.
+        digest: sha256 of the file; None if there is none.
+        head: sha256 of upstream's file in git's HEAD, if that is known.
+        moved: whether the tree is of another release than the record.
+        has_edits: whether any of upstream's files has an edit of CONCH's.
+
+    Returns:
+        "known", as the tool left it or as it was before; "forgotten", upstream's own,
+        newer; "changed" by somebody; "unclear", and its original is not known.
+
     """
+    if entry.explains(digest):
+        if entry.original is None or not moved:
+            return "known"
+        is_original = (head or digest) == entry.original
+        return "known" if is_original else "unclear"
+    if entry.original is None:
+        return "changed"
+    if head:
+        if digest == head:
+            return "forgotten"
+        return "changed" if head == entry.original else "unclear"
+    if not moved:
+        return "changed"
+    return "unclear" if digest and has_edits else "forgotten"
 
-    def git(*arguments: str) -> bytes | None:
+
+def _committed(tree: Tree, edited: list[str]) -> dict[str, str | None]:
+    """The sha256 of upstream's files as git's HEAD has them.
+
+    None are known without git, and where HEAD has CONCH's edits, too, of which several
+    name it.
+    """
+    if tree.installed or not edited or not (tree.root / ".git").exists():
+        return {}
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[bytes] | None:
         command = ["git", "-C", str(tree.root), *arguments]
         try:
-            result = subprocess.run(command, capture_output=True, check=False)
+            return subprocess.run(command, capture_output=True, check=False)
         except OSError:
             return None
-        return None if result.returncode else result.stdout
 
-    if tree.installed or not (tree.root / ".git").exists():
-        return lambda path: None
-    added = [path for path, entry in record.files.items() if entry.original is None]
-    if added and git("ls-tree", "-r", "--name-only", "HEAD", "--", *added) != b"":
-        return lambda path: None
-    return lambda path: _digest(git("show", f"HEAD:./{path}"))
+    found = git("grep", "--quiet", "--ignore-case", "conch", "HEAD", "--", *edited)
+    if found is None or found.returncode != 1:  # 0: found; more: no commit, no git
+        return {}
+    known: dict[str, str | None] = {}
+    for path in edited:
+        shown = git("show", f"HEAD:./{path}")
+        if shown is not None and shown.returncode == 0:
+            known[path] = _digest(shown.stdout)
+    return known
 
 
 def _write(plan: Plan, transaction: "_Transaction") -> None:

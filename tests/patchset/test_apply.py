@@ -344,6 +344,24 @@ def test_another_release_in_files_that_are_patched_is_refused(tree, release):
     assert registry(tree, release).read_bytes() == original
 
 
+def test_changes_in_a_tree_of_another_version_are_not_taken_for_upstreams(
+    checkout, release
+):
+    """It is tagged anew, or was patched with --release: the files are the same."""
+    (other,) = (r for r in supported() if r is not release)
+    before = files(checkout)
+    run_apply(checkout, release)
+    rewrite(registry(checkout, release), lambda text: text + "# mine\n")
+    git(checkout, "tag", "-d", f"v{other.version}", f"v{release.version}")
+    git(checkout, "tag", f"v{other.version}")
+    patched = files(checkout)
+    with pytest.raises(PatchError, match="changed since it was patched: .*registry"):
+        run_revert(checkout)
+    assert files(checkout) == patched
+    run_revert(checkout, overwrite=True)
+    assert files(checkout) == before
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_upstream_changed_since_is_the_new_original(checkout, release, overwrite):
     path = registry(checkout, release)
@@ -394,6 +412,19 @@ def test_conch_in_a_commit_is_not_taken_for_upstreams(checkout, release):
     rewrite(registry(checkout, release), lambda text: text + "# mine\n")
     git(checkout, "add", "--all")
     git(checkout, "commit", "-q", "-m", "CONCH")
+    with pytest.raises(PatchError, match="changed since it was patched: .*registry"):
+        run_revert(checkout)
+    run_revert(checkout, overwrite=True)
+    assert files(checkout) == before
+
+
+def test_edits_in_a_commit_are_not_taken_for_upstreams(checkout, release):
+    """`git commit -a` has the edits, without the files that were added."""
+    before = files(checkout)
+    run_apply(checkout, release)
+    git(checkout, "commit", "-q", "-a", "-m", "CONCH")
+    rewrite(registry(checkout, release), lambda text: text + "# mine\n")
+    git(checkout, "commit", "-q", "-a", "-m", "more")
     with pytest.raises(PatchError, match="changed since it was patched: .*registry"):
         run_revert(checkout)
     run_revert(checkout, overwrite=True)

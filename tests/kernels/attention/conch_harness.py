@@ -8,6 +8,7 @@ NaN in the memory that CONCH allocates and does not initialise.
 
 import dataclasses
 import importlib
+import itertools
 import math
 import os
 import sys
@@ -103,11 +104,14 @@ def use_hopper(monkeypatch: pytest.MonkeyPatch, num_units: int = 3) -> None:
     for name in ("plan", "schedule", "arguments"):
         monkeypatch.setattr(CONCH[name], "this_device", lambda index: device)
     monkeypatch.setattr(hopper_prefill, "num_programs", lambda device: num_units)
+    monkeypatch.setattr(torch.version, "cuda", None)  # none of its launchers
+    seeds = itertools.count()
 
     def launch_any(self, grid: tuple, arguments: tuple):
         if isinstance(self.kernel, triton.JITFunction):
             every = (*arguments, *self.arguments)
-            return run_kernel(self.kernel, grid[0], every, self.constants)
+            seed = next(seeds)
+            return run_kernel(self.kernel, grid[0], every, self.constants, seed)
         # Triton's interpreter knows no assembly, which has the same results.
         ptx = {name: "triton" for name, how in self.constants.items() if how == "ptx"}
         return self.kernel[grid](*arguments, *self.arguments, **self.constants | ptx)

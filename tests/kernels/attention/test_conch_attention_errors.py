@@ -257,6 +257,20 @@ def test_bad_batches_after_good_ones(what, argument, good, bad):
     assert_refused(argument, spoilt, schedule=schedule)
 
 
+@pytest.mark.parametrize("name", ["causal", "prefix_lens"])
+def test_gaps_between_flags_after_a_batch_of_one(name):
+    """Of one sequence the stride is anything."""
+    flags = zeros(8)[::2]
+    field = {name: flags[:1], "sliding_window": None if name == "causal" else 8}
+    one = dataclasses.replace(make_batch([(3, 20)]), **field)
+    attend(one, update(make_schedule(one), one))
+    field[name] = zeros(2)
+    two = dataclasses.replace(make_batch([(3, 20), (3, 3)]), **field)
+    schedule = update(make_schedule(two), two)
+    spoilt = dataclasses.replace(two, **{name: flags[:2]})
+    assert_refused(name, spoilt, schedule=schedule)
+
+
 def test_fewer_rows_and_pages_after_a_good_batch():
     batch = make_batch([(1, 20), (3, 3)])
     schedule = update(make_schedule(batch), batch)

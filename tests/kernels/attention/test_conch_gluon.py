@@ -78,7 +78,9 @@ def multiply(out, ring, full, free, num_tiles, FAULT: gl.constexpr):
         acc = warpgroup_mma(tile, tile, acc, is_async=True)
         if FAULT == "freed too early":
             mbarrier.arrive(free)
-        if FAULT != "no wait for the product":
+        if FAULT == "the result before the wait":
+            warpgroup_mma_wait(0, deps=[])
+        elif FAULT != "no wait for the product":
             acc = warpgroup_mma_wait(0, deps=[acc])
         if FAULT != "never freed" and FAULT != "freed too early":
             mbarrier.arrive(free)
@@ -131,6 +133,7 @@ def test_pipeline(fault, seed):
         ("stored without a fence", "multiply 0 stored an operand without a fence"),
         ("one tile more", "1 copies land after the program"),
         ("no wait for the product", "used before it is awaited"),
+        ("the result before the wait", "used before it is awaited"),
         (
             "never freed",
             "nobody can go on: multiply 0 awaits barrier 0.0's phase.*feed",

@@ -307,19 +307,16 @@ def warpgroup_mma(
         product = operand_data(a) @ operand_data(b)
         result.set(product + acc.known if use_acc else product)
 
-    def release() -> None:
-        result.pending = False
-
-    program().start_product(Product(multiply, release))
+    program().start_product(Product(multiply, result))
     if not is_async:
-        program().await_products(0)
+        program().await_products(0, [result])
     return result
 
 
 def warpgroup_mma_wait(num_outstanding: int = 0, deps: list | None = None) -> Any:
-    program().await_products(num_outstanding)
-    program().go_on()
     deps = deps or []
+    program().await_products(num_outstanding, deps)
+    program().go_on()
     return deps[0] if len(deps) == 1 else tuple(deps)
 
 

@@ -208,7 +208,7 @@ class Barriers(list[Barrier]):
 
 def check_fenced(operand: Shared) -> None:
     """Fails if the tensor cores would miss what threads have stored."""
-    for partition in program().partitions:
+    for partition in program().everybody:
         if any(operand.overlaps(stored) for stored in partition.unfenced):
             raise RuntimeError(f"{partition.name} stored an operand without a fence")
 

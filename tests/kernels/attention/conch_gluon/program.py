@@ -68,9 +68,9 @@ class Barrier:
 class Product:
     """A matrix product, which runs when it likes until it is awaited."""
 
-    def __init__(self, multiply: Callable[[], None], release: Callable[[], None]):
+    def __init__(self, multiply: Callable[[], None], result: Any) -> None:
         self.multiply = multiply
-        self.release = release  # lets threads have the result
+        self.result = result  # a tensor, pending until it is awaited
         self.is_done = False
 
     def run(self) -> None:
@@ -116,7 +116,8 @@ class Program:
         self.copies: list[Callable[[], None]] = []  # that have not landed
         self.barriers: list[list[Barrier]] = []
         self.current = Partition("the kernel")
-        self.partitions = [self.current]
+        self.partitions = [self.current]  # those that may run
+        self.everybody = [self.current]
         self.error: BaseException | None = None
         self.is_inference = torch.is_inference_mode_enabled()  # each thread for itself
         self.odds: dict[object, float] = {"copies": self.draw_odds()}
@@ -134,6 +135,7 @@ class Program:
             partition = Partition(f"{function.__name__} {number}")
             self.odds[partition] = self.draw_odds()
             self.partitions.append(partition)
+            self.everybody.append(partition)
             target = (partition, function, arguments)
             threads.append(threading.Thread(target=self.run_partition, args=target))
         for thread in threads:
@@ -198,13 +200,17 @@ class Program:
         self.go_on()
         self.current.awaits = None
 
-    def await_products(self, left: int) -> None:
-        """Finishes products of the partition that runs until so many are left."""
+    def await_products(self, left: int, results: Sequence[Any]) -> None:
+        """Finishes products of the partition that runs until so many are left.
+
+        Threads may use these of their results, as the compiler knows them alone.
+        """
         products = self.current.products
         while len(products) > left:
             product = products.pop(0)
             product.run()
-            product.release()
+            if any(product.result is result for result in results):
+                product.result.pending = False
 
     def start_product(self, product: Product) -> None:
         products = self.current.products

@@ -37,6 +37,7 @@ from .segments import segment_decode_kernel
 from .softmax import LOG2_E
 from .token_head_cache import offset_in_page
 
+CACHES = ("key_cache", "value_cache")
 # What the Hopper kernels do not take.
 PORTABLE = {
     "16-bit": {"q_scale", "k_scale", "v_scale", *FEATURES} - {"sinks"},
@@ -95,12 +96,16 @@ def page_strides(spec: TensorSpec) -> tuple[int, ...]:
 
 
 def layer_key(name: str, tensor: torch.Tensor | None) -> tuple | None:
-    """All that matters of a tensor; its first size does not if it may change."""
+    """All that matters of a tensor; its first size does not if it may change.
+
+    Of one page, or sequence, the stride to the next is not checked.
+    """
     if tensor is None:
         return None
     shape = tensor.shape
     if name not in OF_A_LAYER or len(shape) == 3:  # scales of a cache's tokens
-        shape = shape[1:]
+        is_one = shape[0] == 1 if name in (*PER_SEQUENCE, *CACHES) else None
+        shape = (is_one, *shape[1:])
     return tensor.dtype, tensor.device, shape, tensor.stride()
 
 
@@ -185,7 +190,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         cap_scale = 2 * LOG2_E * scale / options.softcap
     lse = specs.get("output_lse")
     sight = options.sight
-    strides = [page_strides(specs[name]) for name in ("key_cache", "value_cache")]
+    strides = [page_strides(specs[name]) for name in CACHES]
     scale_strides, stride_unit = None, 1
     if shape.token_scales:
         scale_strides = tuple(page_strides(specs[n]) for n in ("k_scale", "v_scale"))
