@@ -288,6 +288,20 @@ def files(folder: Path, folders: bool = True) -> dict[str, tuple[str, int]]:
     }
 
 
+def assert_original_is_asked_for(folder: Path, release: Release) -> None:
+    """Neither operation goes on, even told to overwrite, and nothing changes."""
+    before = files(folder)
+    for operation in (
+        lambda: run_apply(folder, release, overwrite=True),
+        lambda: run_revert(folder, overwrite=True),
+    ):
+        with pytest.raises(
+            PatchError, match="with other files from upstream.*registry"
+        ):
+            operation()
+        assert files(folder) == before
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_another_release_checked_out_since_is_patched_as_such(
     checkout, release, overwrite
@@ -330,16 +344,7 @@ def test_another_release_in_files_that_are_patched_is_refused(tree, release):
     run_apply(tree, release)
     (tree / "PKG-INFO").unlink()
     (tree / "PKG-INFO").write_text(f"Version: {other.version}\n")
-    before = snapshot(tree)
-    for operation in (
-        lambda: run_apply(tree, other, overwrite=True),
-        lambda: run_revert(tree, overwrite=True),
-    ):
-        with pytest.raises(
-            PatchError, match="with other files from upstream.*registry"
-        ):
-            operation()
-        assert snapshot(tree) == before
+    assert_original_is_asked_for(tree, other)
     plan_revert(find_tree(tree, str(release.version))).execute()  # the user knows
     assert registry(tree, release).read_bytes() == original
 
@@ -394,16 +399,7 @@ def test_changes_of_upstreams_and_somebodys_are_never_dropped(checkout, release)
     rewrite(path, lambda text: text + "# upstream's\n")
     git(checkout, "commit", "-q", "-a", "-m", "upstream goes on")
     rewrite(path, lambda text: patched + "# upstream's\n# mine\n")
-    before = files(checkout)
-    for operation in (
-        lambda: run_apply(checkout, release, overwrite=True),
-        lambda: run_revert(checkout, overwrite=True),
-    ):
-        with pytest.raises(
-            PatchError, match="with other files from upstream.*registry"
-        ):
-            operation()
-    assert files(checkout) == before
+    assert_original_is_asked_for(checkout, release)
 
 
 def test_conch_in_a_commit_is_not_taken_for_upstreams(checkout, release):

@@ -246,17 +246,9 @@ def allocate_shared_memory(dtype: DType, shape: list[int], layout: Any) -> Any:
     return Shared(block, dtype, places_of(tuple(shape), layout, dtype.bits))
 
 
-def init_barrier(barrier: Barrier, count: int) -> None:
-    barrier.init(count)
-
-
 def arrive(barrier: Barrier) -> None:
     barrier.arrive()
     program().go_on()
-
-
-def expect(barrier: Barrier, bytes: int) -> None:
-    barrier.expect(bytes)
 
 
 def wait(barrier: Barrier, phase: Any) -> None:
@@ -321,8 +313,8 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: list | None = None) -> An
 
 
 mbarrier = SimpleNamespace(
-    MBarrierLayout=BarrierLayout, init=init_barrier, arrive=arrive, expect=expect,
-    wait=wait,
+    MBarrierLayout=BarrierLayout, init=Barrier.init, arrive=arrive,
+    expect=Barrier.expect, wait=wait,
 )  # fmt: skip
 tma = SimpleNamespace(async_copy_global_to_shared=async_copy_global_to_shared)
 hopper = SimpleNamespace(

@@ -90,15 +90,10 @@ def row_strides(spec: TensorSpec) -> tuple[int, int]:
     return spec.strides[0], free_strides(spec)[1]
 
 
-def page_strides(spec: TensorSpec) -> tuple[int, ...]:
-    """Strides of pages, slots and heads; a cache of one page needs its for others."""
-    return spec.strides[0], *free_strides(spec)[1:3]
-
-
 def layer_key(name: str, tensor: torch.Tensor | None) -> tuple | None:
     """All that matters of a tensor; its first size does not if it may change.
 
-    Of one page, or sequence, the stride to the next is not checked.
+    Of one page, or sequence, the stride to the next is neither checked nor kept.
     """
     if tensor is None:
         return None
@@ -190,10 +185,10 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
         cap_scale = 2 * LOG2_E * scale / options.softcap
     lse = specs.get("output_lse")
     sight = options.sight
-    strides = [page_strides(specs[name]) for name in CACHES]
+    strides = [free_strides(specs[name])[:3] for name in CACHES]
     scale_strides, stride_unit = None, 1
     if shape.token_scales:
-        scale_strides = tuple(page_strides(specs[n]) for n in ("k_scale", "v_scale"))
+        scale_strides = tuple(free_strides(specs[n]) for n in ("k_scale", "v_scale"))
         stride_unit = math.gcd(16, *strides[0], *strides[1])
         strides = [tuple(s // stride_unit for s in three) for three in strides]
     arguments = (
