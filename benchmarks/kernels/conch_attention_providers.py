@@ -239,6 +239,7 @@ class Conch(Provider):
             num_tokens=case.num_tokens,
             min_query_len=min(query_lens),
             num_prefills=sum(n > schedule.longest_decode for n in query_lens),
+            max_seq_len=inputs.max_seq_len,
         )
         return schedule
 

@@ -400,8 +400,8 @@ def with_tiles(
     """
     chosen = schedule.plan_for
 
-    def plan_for(max_query_len: int, split: bool = False):
-        plan = chosen(max_query_len, split)
+    def plan_for(max_query_len: int, **few: bool):
+        plan = chosen(max_query_len, **few)
         prefill = dataclasses.replace(plan.prefill, tile=tile, masked_tile=masked_tile)
         return dataclasses.replace(
             plan,
@@ -414,16 +414,17 @@ def with_tiles(
     return schedule
 
 
-def update(
-    schedule: VarlenSchedule, batch: Batch, num_prefills: int | None = None
-) -> VarlenSchedule:
-    """Tells a schedule the lengths of this batch, as a metadata builder does."""
+def update(schedule: VarlenSchedule, batch: Batch, **known: int) -> VarlenSchedule:
+    """Tells a schedule the lengths of this batch, as a metadata builder does.
+
+    known: what the host knows besides, such as num_prefills.
+    """
     schedule.update(
         batch.query_start_loc,
         batch.seq_lens,
         max_query_len=batch.max_query_len,
         num_tokens=len(batch.query),
-        num_prefills=num_prefills,
+        **known,
         mm_prefix_range=batch.mm_prefix_range,
         mm_prefix_in_window=batch.mm_prefix_in_window,
         prefix_lens=batch.prefix_lens,

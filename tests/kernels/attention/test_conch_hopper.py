@@ -10,6 +10,7 @@ import torch
 
 from tests.kernels.attention.conch_harness import (  # noqa: F401
     DEVICE,
+    ON_HOPPER,
     Batch,
     assert_close,
     check,
@@ -102,6 +103,79 @@ def test_split_keys(options, head_size, monkeypatch):
     assert schedule.plan.split is not None and int(schedule.splits[0]) > 0
     check(batch, schedule, truncated_sums=1500 // 16)
     assert PREFILL in launched and "combine_kernel" in launched
+
+
+@pytest.mark.parametrize("head_size", [40, 64, 80, 128, 256])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": False, "block_size": 48},
+        {"sliding_window": 60, "frees_pages": True},
+        {"softcap": 20.0, "logit_std": 10.0},
+        {"sinks": torch.tensor([1.5, -2.0, 0.0, 6.0], device=DEVICE)},
+        {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.06], device=DEVICE)},
+    ],
+    ids=lambda options: "_".join(options),
+)
+def test_narrow_tiles(options, head_size, monkeypatch):
+    """Of few query tiles of short sequences, and decodes beside them."""
+    use_hopper(monkeypatch, num_units=32)
+    launched = record_launches(monkeypatch)
+    batch = make_batch(
+        [(65, 300), (1, 90), (128, 128), (0, 0), (40, 20)],
+        num_kv_heads=1,
+        head_size=head_size,
+        dtype=FP16,  # in which the interpreter runs what other kernels have to do
+        **options,
+    )
+    schedule = update(make_schedule(batch), batch, num_prefills=3, max_seq_len=300)
+    assert schedule.plan.narrow and schedule.plan.split is None
+    check(batch, schedule, truncated_sums=300 // 16)
+    is_portable = "alibi_slopes" in options
+    assert ("prefill_kernel" if is_portable else PREFILL) in launched
+    assert "combine_kernel" not in launched
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    "is_narrow, lengths, options",
+    [
+        (True, [(2048, 2048)], {}),  # 128 tiles for 132 multiprocessors
+        (False, [(2049, 2049)], {}),
+        (False, [(1024, 1024), (1024, 1024)], {}),  # 17 tiles of rows, for all we know
+        (True, [(960, 960), (960, 960), (1, 1000)], {}),
+        (True, [(20, 1024)], {}),
+        (False, [(20, 1025)], {}),
+        (True, [(1024, 2048)], {}),
+        (False, [(1024, 2049)], {}),
+        (True, [(20, 5000)], {"sliding_window": 1000}),
+        (False, [(20, 5000)], {"sliding_window": 1010}),
+        (False, [(200, 200)], {"head_size": 512}),
+        (False, [(200, 200)], {"dtype": torch.float32}),
+    ],
+)
+def test_which_batches_have_narrow_tiles(is_narrow, lengths, options, monkeypatch):
+    if not ON_HOPPER:
+        use_hopper(monkeypatch, num_units=132)
+    shape = {"num_query_heads": 8, "num_kv_heads": 1, "head_size": 64, "dtype": BF16}
+    batch = make_batch(lengths, padding=0, **shape | options)
+    schedule = make_schedule(batch)
+    num_prefills = sum(query_len > 1 for query_len, _ in lengths)
+    longest = max(seq_len for _, seq_len in lengths)
+    update(schedule, batch, num_prefills=num_prefills, max_seq_len=longest)
+    assert schedule.plan.narrow == is_narrow
+    tiles = sum(
+        -(-query_len // schedule.plan.prefill_rows)
+        for query_len, _ in lengths
+        if query_len > 1
+    )
+    if schedule.plan.split is None and schedule.plan.prefill_pack == 1:
+        listed = int((schedule.items[:, 0] >= 0).sum())
+        assert tiles == listed <= schedule.num_items <= len(schedule.items)
+    # What the host does not know decides nothing.
+    for known in {"num_prefills": num_prefills}, {"max_seq_len": longest}:
+        assert not update(schedule, batch, **known).plan.narrow
 
 
 # ------------------------------------------------------------------ the kernel alone

@@ -39,6 +39,7 @@ class Case(NamedTuple):
 
 
 SPLIT = {"pack": GROUP, "split": True}
+NARROW = {"narrow": True}
 # Every config, a head size that is not all of a tile, and every option.
 CASES = {
     "64": Case(64),
@@ -67,6 +68,12 @@ CASES = {
     "128_split_sinks": Case(128, spills=8, has_sinks=True, options=SPLIT),
     "256_split": Case(256, options=SPLIT),
     "512_split": Case(512, spills=8, options=SPLIT),
+    # Of few tiles that are not split, with half the rows.
+    "64_narrow": Case(64, spills=8, options=NARROW),
+    "80_narrow": Case(80, spills=8, options=NARROW),
+    "128_narrow": Case(128, spills=8, options=NARROW),
+    "128_narrow_window": Case(128, spills=8, options=NARROW | {"sliding_window": 1000}),
+    "256_narrow": Case(256, spills=8, has_lse=True, options=NARROW),
     "fp8_128_split": Case(128, spills=136, dtype=E4M3, options=SPLIT),
     "fp8_256_split": Case(256, spills=128, dtype=E4M3, options=SPLIT),
 }

@@ -481,8 +481,8 @@ def by_arithmetic(batch: Batch):
     chosen = schedule.plan_for
     name = str(batch.key_cache.dtype).removeprefix("torch.float8_")
 
-    def plan_for(max_query_len: int, split: bool = False):
-        plan = chosen(max_query_len, split)
+    def plan_for(max_query_len: int, **few: bool):
+        plan = chosen(max_query_len, **few)
         return dataclasses.replace(plan, kv_format=name, unpacking="triton")
 
     schedule.plan_for = plan_for

@@ -360,6 +360,37 @@ def test_split_plans(triton_of_hopper):
             assert chosen.split.keys % config.tile == 0
 
 
+@pytest.mark.parametrize("head_size, rows", [(40, 64), (128, 64), (256, 64)])
+def test_narrow_tiles_of_hopper(head_size, rows, triton_of_hopper):
+    """Half as many rows, in the portable kernels too, which strides may call for."""
+    shape = layer(head_size, block_size=128)
+    usual, narrow = (make_plan(shape, H200, 1, narrow=n) for n in (False, True))
+    assert narrow.narrow and not usual.narrow
+    assert usual.prefill_rows == 2 * rows
+    chosen = (narrow.prefill, narrow.prefill_boxes or narrow.prefill)
+    assert narrow.prefill_rows == rows == chosen[0].block_m == chosen[1].block_m
+    assert all(config.num_warps == 4 for config in chosen)
+    changed = ("prefill", "prefill_boxes", "prefill_rows", "narrow")
+    assert replace(usual, **{x: getattr(narrow, x) for x in changed}) == narrow
+
+
+@pytest.mark.parametrize(
+    "shape, device, options",
+    [
+        (layer(512), H200, {}),
+        (layer(128, E4M3, E4M3), H200, {}),
+        (layer(128, FP32), H200, {}),
+        (layer(128), H200, {"portable": True}),
+        (layer(128), H200, {"batch_invariant": True}),
+        (layer(128), DEVICES["A100"], {}),
+        (layer(128), DEVICES["MI300X"], {}),
+    ],
+)
+def test_no_narrow_tiles(shape, device, options, triton_of_hopper):
+    usual = make_plan(shape, device, 1, **options)
+    assert make_plan(shape, device, 1, narrow=True, **options) == usual
+
+
 @pytest.mark.parametrize("head_size", [64, 128, 256])
 def test_hopper_kernel(head_size, triton_of_hopper, monkeypatch):
     shape, paged = layer(head_size), layer(head_size, block_size=128)

@@ -53,9 +53,9 @@ def planned(
     """The schedule with other choices than its plan's."""
     chosen = schedule.plan_for
 
-    def plan_for(max_query_len: int, split: bool = False):
+    def plan_for(max_query_len: int, **few: bool):
         plan = dataclasses.replace(
-            chosen(max_query_len, split), abreast_tiles=abreast_tiles
+            chosen(max_query_len, **few), abreast_tiles=abreast_tiles
         )
         if tile is None:
             return plan

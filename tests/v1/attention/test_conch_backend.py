@@ -211,6 +211,37 @@ def test_decodes_are_launched_where_there_may_be_some(
     engine.step(BATCHES["mixed"])  # what the step before left out
 
 
+@pytest.mark.parametrize(
+    "batch, mode, is_known",
+    [
+        ("chunked", "NONE", True),
+        ("mixed", "FULL_DECODE_ONLY", True),
+        ("chunked", "FULL", False),  # its graph may replay other batches
+    ],
+)
+def test_what_schedules_know_of_a_batch(
+    batch: str, mode: str, is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(cudagraph_mode=CUDAGraphMode[mode])
+    (schedule,) = engine.builder.schedules.values()
+    update, given = schedule.update, {}
+
+    def record(*args: Any, **options: Any) -> None:
+        given.update(options)
+        update(*args, **options)
+
+    monkeypatch.setattr(schedule, "update", record)
+    engine.step(BATCHES[batch])
+    known = {
+        "min_query_len": min(query_len for query_len, _ in BATCHES[batch]),
+        "num_prefills": 2,
+        "max_seq_len": max(map(sum, BATCHES[batch])),
+    }
+    assert {name: given.get(name) for name in known} == (
+        known if is_known else dict.fromkeys(known)
+    )
+
+
 @needs_diffusion
 @pytest.mark.parametrize("longest, has_decodes", [(20, True), (21, False)])
 def test_graphs_for_decodes_hold_a_canvas(longest: int, has_decodes: bool) -> None:

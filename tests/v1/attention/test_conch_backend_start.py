@@ -24,7 +24,9 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     ON_GPU,
     gpu_only,
     poisoned_scratch,
+    use_hopper,
 )
+from tests.v1.attention import conch_backend_harness
 from tests.v1.attention.conch_backend_harness import (
     BATCHES,
     BLOCK_SIZE,
@@ -34,6 +36,7 @@ from tests.v1.attention.conch_backend_harness import (
     NUM_KV_HEADS,
     Engine,
 )
+from vllm.attention.ops.conch import schedule as schedule_module
 from vllm.attention.ops.conch.launch import BoundLaunch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends import conch_attn
@@ -64,9 +67,9 @@ def test_warm_up_leaves_the_cache_alone(kv_cache_dtype: str) -> None:
     assert not layer.impl.attentions  # nor is the schedule kept
 
 
-def test_warm_up_launches_what_images_need(monkeypatch: pytest.MonkeyPatch) -> None:
+def record_variants(monkeypatch: pytest.MonkeyPatch) -> set[tuple]:
     """All that a variant depends on but devices, dtypes and alignments."""
-    launched = set()
+    launched: set[tuple] = set()
     call = BoundLaunch.__call__
 
     def record(bound: BoundLaunch, *tensors: Any, **options: Any) -> None:
@@ -76,9 +79,14 @@ def test_warm_up_launches_what_images_need(monkeypatch: pytest.MonkeyPatch) -> N
         launched.add((described.kernel.__name__, str(constants), given))
         call(bound, *tensors, **options)
 
+    monkeypatch.setattr(BoundLaunch, "__call__", record)
+    return launched
+
+
+def test_warm_up_launches_what_images_need(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine([{}, {"sliding_window": 16}])
     engine.config.model_config.is_mm_prefix_lm = True
-    monkeypatch.setattr(BoundLaunch, "__call__", record)
+    launched = record_variants(monkeypatch)
     for layer in engine.layers:
         layer.impl.run_dummy_batches(layer)
     warm = launched.copy()
@@ -88,6 +96,27 @@ def test_warm_up_launches_what_images_need(monkeypatch: pytest.MonkeyPatch) -> N
         for layer in engine.layers:
             engine.check(layer, metadata)
     assert launched == warm
+
+
+def test_warm_up_launches_what_hopper_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For few tiles of short sequences, few of long ones, and many."""
+    use_hopper(monkeypatch, num_units=8)
+    monkeypatch.setattr(conch_backend_harness, "HEAD_SIZE", 64)
+    monkeypatch.setattr(schedule_module, "SHORT_SEQ_LEN", 40)
+    engine = Engine(dtype=torch.float16)
+    launched = record_variants(monkeypatch)
+    engine.layers[0].impl.run_dummy_batches(engine.layers[0])
+    warm = launched.copy()
+    batches = [[(20, 0)], [(20, 200)]]
+    if not ON_GPU:  # whose multiprocessors so many tiles do not fill
+        batches.append([(30, 0)] * 5)
+    kinds = []
+    for lengths in batches:
+        engine.step(lengths)
+        (schedule,) = engine.builder.schedules.values()
+        kinds.append((schedule.plan.narrow, schedule.plan.split is not None))
+    assert kinds == [(True, False), (False, True), (False, False)][: len(batches)]
+    assert launched <= warm
 
 
 @gpu_only

@@ -46,8 +46,7 @@ from .hopper_tiles import (
     wgmma_layout,
 )
 
-# Rows that are combined at once, one for each warp.
-COMBINE_ROWS = gl.constexpr(4)
+WARPS = gl.constexpr(4)  # of the consumer
 
 
 @aggregate
@@ -71,7 +70,8 @@ class DecodeConfig:
     WINDOWED: gl.constexpr
     TURNS: gl.constexpr
     BOUNDED: gl.constexpr
-    PARTS: gl.constexpr  # partials that are loaded at once
+    PARTS: gl.constexpr  # partials of a row that are loaded at once
+    FEW_PARTS: gl.constexpr  # of no more, those of twice as many rows are
     S_LAYOUT: gl.constexpr
     O_LAYOUT: gl.constexpr
     P_LAYOUT: gl.constexpr
@@ -93,6 +93,7 @@ class DecodeConfig:
         causal,
         windowed,
         parts,
+        few_parts,
     ):
         padded = padded_head(head_size)
         self.HEAD_SIZE = gl.constexpr(head_size)
@@ -113,6 +114,7 @@ class DecodeConfig:
         self.TURNS = gl.constexpr(False)
         self.BOUNDED = gl.constexpr(False)
         self.PARTS = gl.constexpr(parts)
+        self.FEW_PARTS = gl.constexpr(few_parts)
         self.S_LAYOUT = gl.constexpr(wgmma_layout(block_n))
         self.O_LAYOUT = gl.constexpr(wgmma_layout(padded))
         self.P_LAYOUT = gl.constexpr(
@@ -464,8 +466,25 @@ def leave_partial(cfg, place, partials, slot, acc, row_max, row_sum):
 @gluon.jit
 def write_combined(cfg, place, target, sinks, partials, first_place, num_parts):
     """Combine the partials of a row of the line in the order of the keys, and write its
-    query rows."""
-    PARTS: gl.constexpr = cfg.PARTS
+    query rows, more of them at once where they have few parts."""
+    if num_parts <= cfg.FEW_PARTS:
+        combine_rows(
+            cfg, place, target, sinks, partials, first_place, num_parts,
+            2 * WARPS, cfg.FEW_PARTS,
+        )  # fmt: skip
+    else:
+        combine_rows(
+            cfg, place, target, sinks, partials, first_place, num_parts,
+            WARPS, cfg.PARTS,
+        )  # fmt: skip
+
+
+@gluon.jit
+def combine_rows(
+    cfg, place, target, sinks, partials, first_place, num_parts,
+    AT_ONCE: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """As `write_combined`, AT_ONCE query rows and PARTS partials of each at a time."""
     STATS: gl.constexpr = cfg.STATS_LAYOUT
     STAT_ROWS: gl.constexpr = gl.SliceLayout(1, STATS)
     ACC_STATS: gl.constexpr = gl.SliceLayout(2, cfg.COMBINE_LAYOUT)
@@ -476,13 +495,13 @@ def write_combined(cfg, place, target, sinks, partials, first_place, num_parts):
     num_rows = valid_rows(cfg, place)
     first_stat = 2 * first_place.to(gl.int64) * cfg.BLOCK_M
     columns = gl.arange(0, cfg.PADDED, gl.SliceLayout(0, SUMMED))
-    for first_row in range(0, num_rows, COMBINE_ROWS):
-        acc = gl.zeros([COMBINE_ROWS, cfg.PADDED], gl.float32, SUMMED)
-        row_max = gl.full([COMBINE_ROWS], float("-inf"), gl.float32, STAT_ROWS)
-        row_sum = gl.zeros([COMBINE_ROWS], gl.float32, STAT_ROWS)
+    for first_row in range(0, num_rows, AT_ONCE):
+        acc = gl.zeros([AT_ONCE, cfg.PADDED], gl.float32, SUMMED)
+        row_max = gl.full([AT_ONCE], float("-inf"), gl.float32, STAT_ROWS)
+        row_sum = gl.zeros([AT_ONCE], gl.float32, STAT_ROWS)
         for start in range(0, num_parts, PARTS):
             stat, valid = partial_stats(
-                cfg, first_row, start, num_rows, num_parts, ACC_STATS
+                cfg, first_row, start, num_rows, num_parts, AT_ONCE, PARTS, ACC_STATS
             )
             offsets = gl.expand_dims(stat * cfg.PADDED, 2)
             offsets += gl.expand_dims(gl.expand_dims(acc_columns, 0), 0)
@@ -491,10 +510,10 @@ def write_combined(cfg, place, target, sinks, partials, first_place, num_parts):
                 mask=gl.expand_dims(valid, 2),
                 other=0.0,
                 cache_modifier=".cg",
-            )  # [4, PARTS, PADDED]
+            )  # [AT_ONCE, PARTS, PADDED]
             # Maxima and sums once a warp, not once a thread.
             stat, valid = partial_stats(
-                cfg, first_row, start, num_rows, num_parts, STATS
+                cfg, first_row, start, num_rows, num_parts, AT_ONCE, PARTS, STATS
             )
             part_max = gl.load(
                 partials[1] + first_stat + stat,
@@ -520,16 +539,19 @@ def write_combined(cfg, place, target, sinks, partials, first_place, num_parts):
         write_rows(
             cfg, place, target, sinks, acc,
             gl.convert_layout(row_max, ROWS), gl.convert_layout(row_sum, ROWS),
-            first_row + gl.arange(0, COMBINE_ROWS, ROWS), columns,
+            first_row + gl.arange(0, AT_ONCE, ROWS), columns,
         )  # fmt: skip
 
 
 @gluon.jit
-def partial_stats(cfg, first_row, start, num_rows, num_parts, LAYOUT: gl.constexpr):
+def partial_stats(
+    cfg, first_row, start, num_rows, num_parts,
+    AT_ONCE: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
     """Where partials of some rows lie, counted in rows from slot 0 of the first piece,
-    and which exist.  [4, PARTS] each"""
-    rows = first_row + gl.arange(0, COMBINE_ROWS, gl.SliceLayout(1, LAYOUT))
-    parts = start + gl.arange(0, cfg.PARTS, gl.SliceLayout(0, LAYOUT))
+    and which exist.  [AT_ONCE, PARTS] each"""
+    rows = first_row + gl.arange(0, AT_ONCE, gl.SliceLayout(1, LAYOUT))
+    parts = start + gl.arange(0, PARTS, gl.SliceLayout(0, LAYOUT))
     # Slot 1 of the piece that starts the row, slot 0 of those that go on.
     slots = 2 * parts + gl.where(parts == 0, 1, 0)
     stat = gl.expand_dims(slots * cfg.BLOCK_M, 0) + gl.expand_dims(rows, 1)
@@ -619,12 +641,13 @@ def hopper_decode_kernel(
     CAUSAL: gl.constexpr,
     WINDOWED: gl.constexpr,
     PARTS: gl.constexpr,
+    FEW_PARTS: gl.constexpr,
 ):
     # In slots that are one page's; where pages overlap, each is a page's first.
     BOX: gl.constexpr = k_desc.block_shape[0] * k_desc.block_shape[1]
     cfg = DecodeConfig(
         HEAD_SIZE, BLOCK_M, BLOCK_N, PAGE, BOX, GROUP, NUM_KV_HEADS, STAGES, CAUSAL,
-        WINDOWED, PARTS,
+        WINDOWED, PARTS, FEW_PARTS,
     )  # fmt: skip
     place, line = load_worker(workers)  # on their way while barriers are made
     rings = make_rings(cfg, k_desc.dtype)

@@ -71,6 +71,15 @@ CONFIGS = {
     256: HopperConfig(consumers=2, block_n=64, stages=2, narrow_p=True),
     512: HopperConfig(consumers=1, block_n=64, stages=1, warpgroups=2),
 }
+# Of batches with few query tiles: half as many rows, so twice as many tiles. On an
+# H200, heads 8/1 x 128, 2k tokens take 26.7 us so, not 32.2, and with 32/8 512 tokens
+# 15.0, not 16.3; but where two consumers fill the device, 1k tokens, 30.4 and not 24.7.
+# Three stages take as long.
+NARROW_CONFIGS = {
+    64: HopperConfig(consumers=1, block_n=128, stages=3),
+    128: HopperConfig(consumers=1, block_n=128, stages=2),
+    256: HopperConfig(consumers=1, block_n=64, stages=2),
+}
 # Largest softcap with which powers of two of the logits themselves, up to 2^72, leave
 # sums in fp32 and probabilities in bf16 all their bits. With a softcap of 30, measured
 # as above at 128: 605 TFLOP/s, 585 without 16 bits, 531 with maxima.
@@ -122,6 +131,20 @@ def packed_heads(group: int, is_short: bool = False) -> int:
     against 667 at 4 x 512 tokens over 16k keys. Only one ragged batch, 577 against 572,
     was not."""
     return min(group & -group, 16) if is_short else 1
+
+
+def padded_head(head_size: int) -> int:
+    return max(PANEL, triton.next_power_of_2(head_size))
+
+
+def has_narrow(head_size: int) -> bool:
+    return padded_head(head_size) in NARROW_CONFIGS
+
+
+def find_config(head_size: int, narrow: bool = False) -> HopperConfig:
+    """The kernel's tile and pipeline, if narrow that of few query tiles."""
+    configs = NARROW_CONFIGS if narrow else CONFIGS
+    return configs[padded_head(head_size)]
 
 
 def rows_by_head(group: int, pack: int, is_local: bool) -> int:
@@ -233,6 +256,7 @@ class HopperOptions(NamedTuple):
     sliding_window: int | None
     softcap: float
     split: bool = False  # keys of an item may be split
+    narrow: bool = False  # items of one consumer
 
 
 class HopperLaunch(NamedTuple):
@@ -275,7 +299,7 @@ def plan_kernel(
     _, block_size, num_kv_heads, head_size = key_cache.shape
     num_query_heads = query.shape[1]
     group = num_query_heads // num_kv_heads
-    pack, scale, causal, sliding_window, softcap, split = options
+    pack, scale, causal, sliding_window, softcap, split, _ = options
     row_block = config.row_block
     if row_block is None:
         is_local = split or sliding_window is not None
@@ -327,7 +351,8 @@ def plan_launch(
     work and block_table. Arguments as there."""
     from .hopper_prefill_kernel import hopper_prefill_kernel
 
-    config = config or CONFIGS[max(64, triton.next_power_of_2(key_cache.shape[3]))]
+    if config is None:
+        config = find_config(key_cache.shape[3], options.narrow)
     bounded = 0 < options.softcap <= MAX_BOUND and query.dtype == torch.bfloat16
     return plan_kernel(
         hopper_prefill_kernel,

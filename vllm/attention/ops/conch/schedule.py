@@ -23,6 +23,7 @@ from .plan import (
     MAX_DECODE_QUERY_LEN,
     SEGMENT_BYTES,
     SHORT_QUERY_LEN,
+    SHORT_SEQ_LEN,
     AttentionPlan,
     Shape,
     check_layer_shape,
@@ -588,9 +589,13 @@ class VarlenSchedule:
         self.workers = integers(self.num_workers, WORKER_FIELDS.value)
         self.sequences = integers(max_num_seqs, SEQUENCE_FIELDS.value)
         self.arrivals = integers(self.num_workers, 1)
+        num_items = self.max_items(plan, max_num_tokens, max_num_seqs)
+        if self.plan_for(MAX_DECODE_QUERY_LEN + 1, narrow=True).narrow:
+            # Two for each of as many as `narrow_plan` takes at most.
+            head_tiles = num_query_heads // plan.prefill_pack
+            num_items = max(num_items, 2 * (self.target.num_units // head_tiles))
         # Where few tiles of prefill rows are split by keys; not with windows, whose
         # keys are few.
-        num_items = self.max_items(plan, max_num_tokens, max_num_seqs)
         self.splits: torch.Tensor | None = None
         self.states: tuple[torch.Tensor | None, ...] = (None, None, None)
         lengths = (MAX_DECODE_QUERY_LEN + 1, SHORT_QUERY_LEN)
@@ -631,10 +636,12 @@ class VarlenSchedule:
         self.launches: dict[int, Launch] = {}  # by choice
         self.segment_slots = 0  # segments that a worker can leave; see `segments`
 
-    def plan_for(self, max_query_len: int, split: bool = False) -> AttentionPlan:
+    def plan_for(
+        self, max_query_len: int, split: bool = False, narrow: bool = False
+    ) -> AttentionPlan:
         """The plan of a batch whose longest query has max_query_len tokens.
 
-        split: and which has few tiles of prefill rows.
+        split: and which has few tiles of prefill rows; narrow: and few keys.
         """
         split_query_len = None
         if split:  # two plans for all lengths
@@ -649,6 +656,7 @@ class VarlenSchedule:
             self.portable,
             self.batch_invariant,
             split_query_len,
+            narrow,
         )
 
     def heads_abreast(self, plan: AttentionPlan) -> int:
@@ -666,7 +674,8 @@ class VarlenSchedule:
         """Bound of the number of prefill tiles of a batch, were none split."""
         rows = num_tokens * plan.prefill_pack
         prefills = min(num_prefills, num_tokens // (self.longest_decode + 1))
-        return rows // plan.prefill_rows + prefills
+        # Each prefill's last tile has one row or more.
+        return (rows + prefills * (plan.prefill_rows - 1)) // plan.prefill_rows
 
     def split_plan(
         self, max_query_len: int, num_tokens: int, num_prefills: int | None
@@ -686,7 +695,41 @@ class VarlenSchedule:
         if plan.split is None:
             return None
         num_tiles = self.max_items(plan, num_tokens, num_prefills)
-        return plan if num_tiles <= plan.split.max_tiles else None
+        # As many are not split if they have equal keys: the launch that combines parts
+        # would find none.
+        return plan if num_tiles < plan.split.max_tiles else None
+
+    def narrow_plan(
+        self,
+        max_query_len: int,
+        num_tokens: int,
+        num_prefills: int | None,
+        max_seq_len: int | None,
+    ) -> AttentionPlan | None:
+        """The plan of a batch that has few prefill tiles and few keys, or None.
+
+        Its tiles have half as many rows, and their keys are not split.
+
+        Args:
+            max_query_len: as for `update`.
+            num_tokens: likewise.
+            num_prefills: likewise.
+            max_seq_len: likewise.
+        """
+        if not num_prefills or max_seq_len is None:
+            return None
+        narrow = self.plan_for(max_query_len, narrow=True)
+        if not narrow.narrow:
+            return None
+        num_keys = max_seq_len
+        if self.sight.sliding_window is not None:
+            num_keys = min(num_keys, self.sight.sliding_window + max_query_len)
+        if num_keys > max(2 * max_query_len, SHORT_SEQ_LEN):
+            return None
+        wide = self.plan_for(max_query_len)
+        heads = self.shape.num_query_heads // wide.prefill_pack
+        num_items = heads * self.max_items(wide, num_tokens, num_prefills)
+        return narrow if num_items <= self.target.num_units else None
 
     def least_unsplit_len(self) -> int | None:
         """Tokens from which a prefill, perhaps among others, is not split."""
@@ -731,6 +774,7 @@ class VarlenSchedule:
         num_tokens: int,
         min_query_len: int = 0,
         num_prefills: int | None = None,
+        max_seq_len: int | None = None,
         mm_prefix_range: torch.Tensor | None = None,
         mm_prefix_in_window: bool = False,
         prefix_lens: torch.Tensor | None = None,
@@ -747,6 +791,8 @@ class VarlenSchedule:
                 will replay the launches for other batches.
             num_prefills: no more sequences have queries longer than `longest_decode`
                 (host); decides whether keys are split. None: not known, as above.
+            max_seq_len: no sequence is longer (host); decides whether they are not
+                split after all. None: not known, as above.
             mm_prefix_range: as for this batch's calls of `varlen_attention`.
             mm_prefix_in_window: likewise.
             prefix_lens: likewise.
@@ -788,8 +834,13 @@ class VarlenSchedule:
         num_items = 0
         if max_query_len > MAX_DECODE_QUERY_LEN:
             num_items = self.max_items(plan, num_tokens, num_seqs)
-            few = self.split_plan(max_query_len, num_tokens, num_prefills)
-            if few is not None and few.split is not None:
+            size = (max_query_len, num_tokens, num_prefills)
+            narrow = self.narrow_plan(*size, max_seq_len)
+            few = self.split_plan(*size)
+            if narrow is not None:
+                plan = narrow
+                num_items = self.max_items(plan, num_tokens, num_prefills or num_seqs)
+            elif few is not None and few.split is not None:
                 plan, num_items = few, few.split.max_items
         else:
             decode_query_len = ANY_QUERY_LEN

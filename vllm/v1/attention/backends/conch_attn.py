@@ -24,6 +24,7 @@ from vllm.attention.ops.conch.hopper_prefill import DTYPES as HOPPER_DTYPES
 from vllm.attention.ops.conch.plan import (
     INT4_HEAD_MULTIPLE,
     KV_INT4_DTYPE,
+    MAX_DECODE_QUERY_LEN,
     SHORT_QUERY_LEN,
     Shape,
     hopper_kernel,
@@ -75,7 +76,8 @@ MIN_HEAD_SIZE = 16
 MAX_HEAD_SIZE = 512
 
 # A query length of a sequence alone for every variant of the attention kernels that a
-# plan may choose; with SHORT_QUERY_LEN, and batches too large for keys to be split.
+# plan may choose; with SHORT_QUERY_LEN, batches too large for keys to be split, and one
+# of which the host knows that it is short.
 WARM_UP_QUERY_LENS = (1, 2, 4, 8, 16, 17)
 
 # A prefix that holds every key: what a batch without prefix lengths is given.
@@ -308,6 +310,7 @@ class ConchAttentionMetadata(ConchMetadataBase):
     schedules: dict[ScheduleKey, VarlenSchedule]
     share: conch_dcp.Share | None = None  # where ranks share the keys
     query_lens: torch.Tensor | None = None  # [num_reqs] (host), if it may decide
+    max_seq_len: int | None = None  # no sequence is longer (host); decides likewise
     # What all layers with one schedule have in common, see `step_kind`.
     kinds: dict[ScheduleKey, tuple] = field(default_factory=dict)
 
@@ -357,6 +360,8 @@ class ConchAttentionMetadata(ConchMetadataBase):
             if (lens := self.query_lens) is not None:
                 known["min_query_len"] = int(lens.min())
                 known["num_prefills"] = int((lens > schedule.longest_decode).sum())
+                if self.max_seq_len is not None:
+                    known["max_seq_len"] = self.max_seq_len
             schedule.update(
                 self.query_start_loc,
                 seq_lens,
@@ -460,6 +465,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             schedules=self.schedules,
             share=share,
             query_lens=self.query_lens(common),
+            max_seq_len=common.max_seq_len,
         )
         metadata.update_schedules()
         return metadata
@@ -505,9 +511,9 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
     def query_lens(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
         """Lengths of the queries, from which the host decides what is launched.
 
-        The kernel for decodes is left out where there are none, and keys are split
-        where prefills are few. None where a CUDA graph could keep that for others, or
-        ranks share the keys.
+        The kernel for decodes is left out where there are none. Where prefills are few,
+        keys are split, or tiles smaller if sequences are short. None where a CUDA graph
+        could keep that for others, or ranks share the keys.
         """
         is_replayed = common.max_query_len <= self.replayed_query_len
         if is_replayed or self.shares is not None or self.graphs_hold_any_batch():
@@ -538,6 +544,7 @@ class DummyBatch(NamedTuple):
     Attributes:
         query_len: its length.
         alone: whether the host knows that there are no other prefills.
+        short: whether it knows, besides, that there are no more keys.
         causal: whether attention is causal, or a tensor that says it.
         packed: whether query, key and value are slices of one tensor, as many models
             pass them, or each has its own: kernels are compiled for the alignment of
@@ -548,6 +555,7 @@ class DummyBatch(NamedTuple):
 
     query_len: int
     alone: bool
+    short: bool
     causal: bool | torch.Tensor
     packed: bool
     quantized: bool
@@ -929,9 +937,11 @@ class ConchAttentionImpl(ConchImplBase):
             shares.add(self, schedule.device)
         quantizes = self.vllm_config.compilation_config.pass_config.fuse_attn_quant
         quantizes &= self.num_shares == 1
-        lengths = [(x, True) for x in self.warm_up_query_lens(schedule.device)]
+        lengths = [(x, True, False) for x in self.warm_up_query_lens(schedule.device)]
+        shortest_prefill = max(MAX_DECODE_QUERY_LEN, schedule.longest_decode) + 1
+        lengths.append((shortest_prefill, True, True))
         if (length := schedule.least_unsplit_len()) is not None:
-            lengths.append((length, False))
+            lengths.append((length, False, False))
         for length, *options in product(
             lengths,
             self.causal_modes(schedule.device),
@@ -1013,6 +1023,7 @@ class ConchAttentionImpl(ConchImplBase):
         )
         if shares is None and batch.alone:
             metadata.query_lens = torch.tensor([query_len])
+            metadata.max_seq_len = query_len if batch.short else None
         if shares is not None:
             metadata.share = shares.build(1, query_len, is_empty=False)
         metadata.update_schedules()
