@@ -35,11 +35,14 @@ PREFILL = [
     *("q512s4k", "4q512s16k", "q512s128k", "q2ks4k", "q2ks32k", "q2ks128k"),
     RAGGED,
 ]
-# Few tiles of prefill rows: a new turn of a chat whose beginning is cached.
+# Few tiles of prefill rows: a new turn of a chat whose beginning is cached, and short
+# prompts.
 TURNS = [
     *(f"q{n}s{c}" for c in ("8k", "32k", "128k") for n in ("32", "64", "128", "256")),
-    *("4q64s8k", "q20", "q100", "q300"),
-    *(f"{case}@8/1x128" for case in ("q64s32k", "q256s32k", "q512s16k", "q1k")),
+    *("4q64s8k", "q20", "q100", "q300", "q512", "q64s1k", "q256s1k"),
+    *(f"{case}@8/1x128" for case in ("q64s32k", "q256s32k", "q512s16k")),
+    *(f"{case}@8/1x128" for case in ("q512", "q1k", "q1ks2k", "q2k")),
+    *("q100@32/8x64", "q512@32/8x64", "q20@16/8x256", "q300@16/8x256"),
     *("q64s32k@32/8x64", "q64s32k@16/8x256", "q64s32k@16/8x512"),
     *("q64s32k@fp8", "q256s32k@fp8", "q64s32k@softcap30"),
     *("q64s32k_16q1s4k", "q256s32k_64q1s4k"),

@@ -239,7 +239,9 @@ class Conch(Provider):
             num_tokens=case.num_tokens,
             min_query_len=min(query_lens),
             num_prefills=sum(n > schedule.longest_decode for n in query_lens),
-            max_seq_len=inputs.max_seq_len,
+            max_prefill_seq_len=max(
+                (s for n, s in case.lengths if n > schedule.longest_decode), default=0
+            ),
         )
         return schedule
 

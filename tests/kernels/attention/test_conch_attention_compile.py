@@ -46,7 +46,7 @@ class Case:
     token_scales: bool = False  # one for every token and head, beside its elements
     tokens: int = 3000  # of a batch; few: the keys of its prefills are split
     # Few tiles as Hopper's kernel has them, which does not take these options.
-    narrow: bool = False
+    small: bool = False
     options: dict = field(default_factory=dict)
     targets: tuple[str, ...] | None = None  # None: all
 
@@ -84,11 +84,11 @@ CASES = {
     "128_split_page": Case(128, block_size=128, tokens=20, targets=("sm90", "sm100")),
     "256_split": Case(256, tokens=20),
     **{
-        f"{head_size}_narrow": Case(
+        f"{head_size}_small": Case(
             head_size,
             block_size=128,
             tokens=20,
-            narrow=True,
+            small=True,
             options={"alibi_slopes": torch.empty(4 * NUM_KV_HEADS, device="meta")},
             targets=("sm90",),
         )
@@ -135,7 +135,7 @@ SPILLS = {
         "128_split prefill_kernel": 40,
         "128_split_page prefill_kernel": 160,
         "256_split prefill_kernel": 104,
-        "256_narrow prefill_kernel": 8,
+        "256_small prefill_kernel": 8,
         "128_fp8 prefill_kernel": 32,
         "128_e4m3_scales decode_kernel": 16,
         "128_int8 decode_kernel": 16,
@@ -224,15 +224,15 @@ def record(case: Case, device) -> list[tuple]:
             sliding_window=case.options.get("sliding_window"),
             decode_query_len=case.decode_query_len,
             token_scales=case.token_scales,
-            portable=not case.narrow,
+            portable=not case.small,
             batch_invariant=case.batch_invariant,
         )
         lengths = integers(65), integers(64)
         known = {}
-        if case.narrow:
-            known = {"num_prefills": 1, "max_seq_len": tokens}
+        if case.small:
+            known = {"num_prefills": 1, "max_prefill_seq_len": tokens}
         work.update(*lengths, max_query_len=max_query_len, num_tokens=tokens, **known)
-        assert work.plan.narrow == case.narrow
+        assert work.plan.small == case.small
         attention.varlen_attention(
             query,
             *caches,

@@ -212,7 +212,9 @@ def test_nothing_compiles_while_serving(monkeypatch):
     table = table.to(pool.block_table)
     output = torch.empty_like(pool.query)
 
-    def serve(lengths: list[tuple[int, int]], max_query_len: int) -> None:
+    def serve(
+        lengths: list[tuple[int, int]], max_query_len: int, is_known: bool = False
+    ) -> None:
         ends = torch.tensor([0] + [q for q, _ in lengths]).cumsum(0)
         num_tokens = int(ends[-1])
         pool.query_start_loc = ends.to(pool.query_start_loc)
@@ -220,12 +222,19 @@ def test_nothing_compiles_while_serving(monkeypatch):
         pool.block_table = table[: len(lengths)]
         pool.max_query_len = max_query_len
         step = Batch(**{**vars(pool), "query": whole_query[:num_tokens]})
-        update(schedule, step)
+        prefills = [s for q, s in lengths if q > schedule.longest_decode]
+        known = {}
+        if is_known:
+            known = {"num_prefills": len(prefills)}
+            known["max_prefill_seq_len"] = max(prefills, default=0)
+        update(schedule, step, **known)
         call(step, output[:num_tokens], schedule=schedule)
 
     whole_query = pool.query
     for query_len in (1, 5, 16, 17, 128):
         serve([(query_len, 200)], query_len)
+    serve([(17, 17)], 17, is_known=True)
+    serve([(128, 3000)], 128, is_known=True)
     unsplit = schedule.least_unsplit_len()
     if unsplit is not None:
         serve([(unsplit, unsplit)], unsplit)
@@ -237,5 +246,5 @@ def test_nothing_compiles_while_serving(monkeypatch):
         while len(lengths) < draw(1, max_num_seqs):
             query_len = draw(1, min(longest, 20))
             lengths.append((query_len, draw(query_len, 3000)))
-        serve(lengths, longest)
+        serve(lengths, longest, is_known=bool(draw(0, 1)))
     assert compiled[warm:] == []

@@ -17,11 +17,11 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     KV_FP8_DTYPES,
     ON_GPU,
     check,
-    hopper,
     make_batch,
     make_schedule,
     poisoned_scratch,
     update,
+    use_hopper,
 )
 from tests.kernels.attention.conch_reference import LAYOUTS
 
@@ -122,8 +122,16 @@ HOPPER_LONG = 5000 if ON_GPU else 600
 FP8 = torch.float8_e4m3fn
 
 
-@pytest.mark.usefixtures("hopper")
-@committed
+@pytest.fixture(params=[3] if ON_GPU else [3, 32])
+def hopper_units(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Multiprocessors: few have several tiles each, many have few tiles."""
+    use_hopper(monkeypatch, num_units=request.param)
+
+
+@pytest.mark.usefixtures("hopper_units")
+@settings(committed, max_examples=200 if ON_GPU else 60)
 @given(
     st.lists(
         st.one_of(
@@ -178,9 +186,9 @@ def test_random_batches_on_hopper(
     assert schedule.plan.hopper == ("fp8" if dtype == FP8 else "16-bit")
     longest = int(batch.seq_lens.max())
     known = {}
-    if is_known:  # what the host may know: few tiles are split, or narrow
+    if is_known:  # to the host: few tiles are split, or small
         prefills = sum(query_len > schedule.longest_decode for query_len, _ in lengths)
-        known = {"num_prefills": prefills, "max_seq_len": longest}
+        known = {"num_prefills": prefills, "max_prefill_seq_len": longest}
     check(batch, update(schedule, batch, **known), truncated_sums=longest // 16)
 
 

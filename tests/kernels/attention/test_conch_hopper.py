@@ -118,7 +118,7 @@ def test_split_keys(options, head_size, monkeypatch):
     ],
     ids=lambda options: "_".join(options),
 )
-def test_narrow_tiles(options, head_size, monkeypatch):
+def test_small_tiles(options, head_size, monkeypatch):
     """Of few query tiles of short sequences, and decodes beside them."""
     use_hopper(monkeypatch, num_units=32)
     launched = record_launches(monkeypatch)
@@ -129,8 +129,9 @@ def test_narrow_tiles(options, head_size, monkeypatch):
         dtype=FP16,  # in which the interpreter runs what other kernels have to do
         **options,
     )
-    schedule = update(make_schedule(batch), batch, num_prefills=3, max_seq_len=300)
-    assert schedule.plan.narrow and schedule.plan.split is None
+    known = {"num_prefills": 3, "max_prefill_seq_len": 300}
+    schedule = update(make_schedule(batch), batch, **known)
+    assert schedule.plan.small and schedule.plan.split is None
     check(batch, schedule, truncated_sums=300 // 16)
     is_portable = "alibi_slopes" in options
     assert ("prefill_kernel" if is_portable else PREFILL) in launched
@@ -139,32 +140,37 @@ def test_narrow_tiles(options, head_size, monkeypatch):
 
 @on_hopper
 @pytest.mark.parametrize(
-    "is_narrow, lengths, options",
+    "is_small, lengths, options",
     [
         (True, [(2048, 2048)], {}),  # 128 tiles for 132 multiprocessors
         (False, [(2049, 2049)], {}),
         (False, [(1024, 1024), (1024, 1024)], {}),  # 17 tiles of rows, for all we know
-        (True, [(960, 960), (960, 960), (1, 1000)], {}),
+        (True, [(960, 960), (960, 960), (1, 9000)], {}),
         (True, [(20, 1024)], {}),
         (False, [(20, 1025)], {}),
         (True, [(1024, 2048)], {}),
         (False, [(1024, 2049)], {}),
+        (True, [(1100, 1100)], {}),  # 144 tiles of half as many rows
+        (False, [(1100, 1101)], {}),
+        (True, [(600, 1024), (600, 700)], {}),
         (True, [(20, 5000)], {"sliding_window": 1000}),
         (False, [(20, 5000)], {"sliding_window": 1010}),
+        (True, [(2048, 2048)], {"sliding_window": 1000}),
         (False, [(200, 200)], {"head_size": 512}),
         (False, [(200, 200)], {"dtype": torch.float32}),
     ],
 )
-def test_which_batches_have_narrow_tiles(is_narrow, lengths, options, monkeypatch):
+def test_which_batches_have_small_tiles(is_small, lengths, options, monkeypatch):
     if not ON_HOPPER:
         use_hopper(monkeypatch, num_units=132)
     shape = {"num_query_heads": 8, "num_kv_heads": 1, "head_size": 64, "dtype": BF16}
     batch = make_batch(lengths, padding=0, **shape | options)
     schedule = make_schedule(batch)
     num_prefills = sum(query_len > 1 for query_len, _ in lengths)
-    longest = max(seq_len for _, seq_len in lengths)
-    update(schedule, batch, num_prefills=num_prefills, max_seq_len=longest)
-    assert schedule.plan.narrow == is_narrow
+    longest = max(seq_len for query_len, seq_len in lengths if query_len > 1)
+    known = {"num_prefills": num_prefills, "max_prefill_seq_len": longest}
+    update(schedule, batch, **known)
+    assert schedule.plan.small == is_small
     tiles = sum(
         -(-query_len // schedule.plan.prefill_rows)
         for query_len, _ in lengths
@@ -174,8 +180,8 @@ def test_which_batches_have_narrow_tiles(is_narrow, lengths, options, monkeypatc
         listed = int((schedule.items[:, 0] >= 0).sum())
         assert tiles == listed <= schedule.num_items <= len(schedule.items)
     # What the host does not know decides nothing.
-    for known in {"num_prefills": num_prefills}, {"max_seq_len": longest}:
-        assert not update(schedule, batch, **known).plan.narrow
+    for name, value in known.items():
+        assert not update(schedule, batch, **{name: value}).plan.small
 
 
 # ------------------------------------------------------------------ the kernel alone

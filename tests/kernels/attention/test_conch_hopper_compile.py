@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
 
 SPLIT = {"pack": GROUP, "split": True}
-NARROW = {"narrow": True}
+SMALL = {"small": True}
 # Every config, a head size that is not all of a tile, and every option.
 CASES = {
     "64": Case(64),
@@ -69,11 +69,11 @@ CASES = {
     "256_split": Case(256, options=SPLIT),
     "512_split": Case(512, spills=8, options=SPLIT),
     # Of few tiles that are not split, with half the rows.
-    "64_narrow": Case(64, spills=8, options=NARROW),
-    "80_narrow": Case(80, spills=8, options=NARROW),
-    "128_narrow": Case(128, spills=8, options=NARROW),
-    "128_narrow_window": Case(128, spills=8, options=NARROW | {"sliding_window": 1000}),
-    "256_narrow": Case(256, spills=8, has_lse=True, options=NARROW),
+    "64_small": Case(64, spills=8, options=SMALL),
+    "80_small": Case(80, spills=8, options=SMALL),
+    "128_small": Case(128, spills=8, options=SMALL),
+    "128_small_window": Case(128, spills=8, options=SMALL | {"sliding_window": 1000}),
+    "256_small": Case(256, spills=8, has_lse=True, options=SMALL),
     "fp8_128_split": Case(128, spills=136, dtype=E4M3, options=SPLIT),
     "fp8_256_split": Case(256, spills=128, dtype=E4M3, options=SPLIT),
 }

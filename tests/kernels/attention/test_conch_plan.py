@@ -361,17 +361,17 @@ def test_split_plans(triton_of_hopper):
 
 
 @pytest.mark.parametrize("head_size, rows", [(40, 64), (128, 64), (256, 64)])
-def test_narrow_tiles_of_hopper(head_size, rows, triton_of_hopper):
+def test_small_tiles_of_hopper(head_size, rows, triton_of_hopper):
     """Half as many rows, in the portable kernels too, which strides may call for."""
     shape = layer(head_size, block_size=128)
-    usual, narrow = (make_plan(shape, H200, 1, narrow=n) for n in (False, True))
-    assert narrow.narrow and not usual.narrow
+    usual, small = (make_plan(shape, H200, 1, small=n) for n in (False, True))
+    assert small.small and not usual.small
     assert usual.prefill_rows == 2 * rows
-    chosen = (narrow.prefill, narrow.prefill_boxes or narrow.prefill)
-    assert narrow.prefill_rows == rows == chosen[0].block_m == chosen[1].block_m
+    chosen = (small.prefill, small.prefill_boxes or small.prefill)
+    assert small.prefill_rows == rows == chosen[0].block_m == chosen[1].block_m
     assert all(config.num_warps == 4 for config in chosen)
-    changed = ("prefill", "prefill_boxes", "prefill_rows", "narrow")
-    assert replace(usual, **{x: getattr(narrow, x) for x in changed}) == narrow
+    changed = ("prefill", "prefill_boxes", "prefill_rows", "small")
+    assert replace(usual, **{x: getattr(small, x) for x in changed}) == small
 
 
 @pytest.mark.parametrize(
@@ -386,9 +386,9 @@ def test_narrow_tiles_of_hopper(head_size, rows, triton_of_hopper):
         (layer(128), DEVICES["MI300X"], {}),
     ],
 )
-def test_no_narrow_tiles(shape, device, options, triton_of_hopper):
+def test_no_small_tiles(shape, device, options, triton_of_hopper):
     usual = make_plan(shape, device, 1, **options)
-    assert make_plan(shape, device, 1, narrow=True, **options) == usual
+    assert make_plan(shape, device, 1, small=True, **options) == usual
 
 
 @pytest.mark.parametrize("head_size", [64, 128, 256])

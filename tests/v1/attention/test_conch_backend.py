@@ -212,15 +212,20 @@ def test_decodes_are_launched_where_there_may_be_some(
 
 
 @pytest.mark.parametrize(
-    "batch, mode, is_known",
+    "batch, mode, longest",
     [
-        ("chunked", "NONE", True),
-        ("mixed", "FULL_DECODE_ONLY", True),
-        ("chunked", "FULL", False),  # its graph may replay other batches
+        ("chunked", "NONE", 65),
+        ("mixed", "FULL_DECODE_ONLY", 37),  # a decode has 51
+        ("chunked", "FULL", None),  # its graph may replay other batches
     ],
 )
+@pytest.mark.parametrize("has_bounds", [False, True])
 def test_what_schedules_know_of_a_batch(
-    batch: str, mode: str, is_known: bool, monkeypatch: pytest.MonkeyPatch
+    has_bounds: bool,
+    batch: str,
+    mode: str,
+    longest: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = Engine(cudagraph_mode=CUDAGraphMode[mode])
     (schedule,) = engine.builder.schedules.values()
@@ -231,15 +236,18 @@ def test_what_schedules_know_of_a_batch(
         update(*args, **options)
 
     monkeypatch.setattr(schedule, "update", record)
+    seq_lens = [sum(lengths) for lengths in BATCHES[batch]]
+    bounds = torch.tensor([*seq_lens, 999]) if has_bounds else None
+    monkeypatch.setattr(conch_attn, "host_seq_lens", lambda common: bounds)
     engine.step(BATCHES[batch])
     known = {
         "min_query_len": min(query_len for query_len, _ in BATCHES[batch]),
         "num_prefills": 2,
-        "max_seq_len": max(map(sum, BATCHES[batch])),
+        "max_prefill_seq_len": longest if has_bounds else max(seq_lens),
     }
-    assert {name: given.get(name) for name in known} == (
-        known if is_known else dict.fromkeys(known)
-    )
+    if longest is None:
+        known = dict.fromkeys(known)
+    assert {name: given.get(name) for name in known} == known
 
 
 @needs_diffusion

@@ -31,7 +31,6 @@ from tests.v1.attention.conch_backend_harness import (
     BATCHES,
     BLOCK_SIZE,
     HEAD_SIZE,
-    MAX_MODEL_LEN,
     MAX_NUM_TOKENS,
     NUM_KV_HEADS,
     Engine,
@@ -100,22 +99,24 @@ def test_warm_up_launches_what_images_need(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_warm_up_launches_what_hopper_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """For few tiles of short sequences, few of long ones, and many."""
-    use_hopper(monkeypatch, num_units=8)
+    use_hopper(monkeypatch, num_units=12)
     monkeypatch.setattr(conch_backend_harness, "HEAD_SIZE", 64)
+    monkeypatch.setattr(conch_backend_harness, "MAX_MODEL_LEN", 512)
     monkeypatch.setattr(schedule_module, "SHORT_SEQ_LEN", 40)
     engine = Engine(dtype=torch.float16)
     launched = record_variants(monkeypatch)
     engine.layers[0].impl.run_dummy_batches(engine.layers[0])
     warm = launched.copy()
-    batches = [[(20, 0)], [(20, 200)]]
+    batches = [[(20, 0)], [(20, 200)], [(130, 300)]]
     if not ON_GPU:  # whose multiprocessors so many tiles do not fill
-        batches.append([(30, 0)] * 5)
+        batches.append([(30, 0)] * 6)
     kinds = []
     for lengths in batches:
         engine.step(lengths)
         (schedule,) = engine.builder.schedules.values()
-        kinds.append((schedule.plan.narrow, schedule.plan.split is not None))
-    assert kinds == [(True, False), (False, True), (False, False)][: len(batches)]
+        kinds.append((schedule.plan.small, schedule.plan.split is not None))
+    expected = [(True, False), (False, True), (False, True), (False, False)]
+    assert kinds == expected[: len(batches)]
     assert launched <= warm
 
 
@@ -164,13 +165,15 @@ def test_a_thousand_random_batches_compile_nothing(
     """Decodes, drafts, chunks and whole prompts; lengths and slots at any address."""
     from triton import knobs
 
+    longest_seq = 4096  # whose keys are split, of short ones not
+    monkeypatch.setattr(conch_backend_harness, "MAX_MODEL_LEN", longest_seq)
     layers = [{}, {"sliding_window": 40}]
     engine = Engine(
         layers,
         dtype=torch.bfloat16,
         kv_cache_dtype=kv_cache_dtype,
         num_speculative_tokens=3,
-        num_blocks=160,
+        num_blocks=1 + 6 * longest_seq // BLOCK_SIZE,
     )
     for layer in engine.layers:
         layer.impl.warm_up(layer)
@@ -182,11 +185,13 @@ def test_a_thousand_random_batches_compile_nothing(
     )
     random = Random(0)
     for _ in range(1000):
-        longest = random.choice([1, 4, 16, 200])
+        longest = random.choice([1, 4, 16, 200, 1500])
+        most_context = random.choice([0, 200, longest_seq])
         lengths = []
         for _ in range(random.randint(1, 6)):
             query_len = random.randint(1, longest)
-            lengths.append((query_len, random.randint(0, MAX_MODEL_LEN - query_len)))
+            most = min(most_context, longest_seq - query_len)
+            lengths.append((query_len, random.randint(0, most)))
         padding = {"padded_reqs": random.randint(0, 2)}
         padding["padded_tokens"] = random.choice([0, 1, 13, 3000])
         common = engine.fill(lengths, **padding)

@@ -71,7 +71,7 @@ class DecodeConfig:
     TURNS: gl.constexpr
     BOUNDED: gl.constexpr
     PARTS: gl.constexpr  # partials of a row that are loaded at once
-    FEW_PARTS: gl.constexpr  # of no more, those of twice as many rows are
+    FEW_PARTS: gl.constexpr  # up to so many, twice as many rows are combined at once
     S_LAYOUT: gl.constexpr
     O_LAYOUT: gl.constexpr
     P_LAYOUT: gl.constexpr
@@ -121,11 +121,12 @@ class DecodeConfig:
             gl.DotOperandLayout(0, wgmma_layout(padded), k_width=2)
         )
         self.KV_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
-        # [rows, parts, columns]: a warp has a row, a thread four columns side by side.
+        # [rows, parts, columns]: a warp has one row or two, a thread four neighbouring
+        # columns.
         self.COMBINE_LAYOUT = gl.constexpr(
             gl.BlockedLayout([1, 1, 4], [1, 1, 32], [4, 1, 1], [2, 1, 0])
         )
-        # [rows, parts]: a warp has a row, a lane a part.
+        # [rows, parts]: a warp has one row or two, a lane a part; of few some the same.
         self.STATS_LAYOUT = gl.constexpr(
             gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
         )

@@ -75,7 +75,7 @@ CONFIGS = {
 # H200, heads 8/1 x 128, 2k tokens take 26.7 us so, not 32.2, and with 32/8 512 tokens
 # 15.0, not 16.3; but where two consumers fill the device, 1k tokens, 30.4 and not 24.7.
 # Three stages take as long.
-NARROW_CONFIGS = {
+SMALL_CONFIGS = {
     64: HopperConfig(consumers=1, block_n=128, stages=3),
     128: HopperConfig(consumers=1, block_n=128, stages=2),
     256: HopperConfig(consumers=1, block_n=64, stages=2),
@@ -137,13 +137,13 @@ def padded_head(head_size: int) -> int:
     return max(PANEL, triton.next_power_of_2(head_size))
 
 
-def has_narrow(head_size: int) -> bool:
-    return padded_head(head_size) in NARROW_CONFIGS
+def has_small(head_size: int) -> bool:
+    return padded_head(head_size) in SMALL_CONFIGS
 
 
-def find_config(head_size: int, narrow: bool = False) -> HopperConfig:
-    """The kernel's tile and pipeline, if narrow that of few query tiles."""
-    configs = NARROW_CONFIGS if narrow else CONFIGS
+def find_config(head_size: int, small: bool = False) -> HopperConfig:
+    """The kernel's tile and pipeline, if small that of few query tiles."""
+    configs = SMALL_CONFIGS if small else CONFIGS
     return configs[padded_head(head_size)]
 
 
@@ -256,7 +256,7 @@ class HopperOptions(NamedTuple):
     sliding_window: int | None
     softcap: float
     split: bool = False  # keys of an item may be split
-    narrow: bool = False  # items of one consumer
+    small: bool = False  # items of one consumer
 
 
 class HopperLaunch(NamedTuple):
@@ -352,7 +352,7 @@ def plan_launch(
     from .hopper_prefill_kernel import hopper_prefill_kernel
 
     if config is None:
-        config = find_config(key_cache.shape[3], options.narrow)
+        config = find_config(key_cache.shape[3], options.small)
     bounded = 0 < options.softcap <= MAX_BOUND and query.dtype == torch.bfloat16
     return plan_kernel(
         hopper_prefill_kernel,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The Gluon kernel of `hopper_prefill`: one producer warp, two or three consumer
+"""The Gluon kernel of `hopper_prefill`: one producer warp, one to three consumer
 warpgroups, persistent over a work list. With heads above 256 two warpgroups are one
 consumer, which keeps half of the columns in each.
 
@@ -671,7 +671,7 @@ def hopper_prefill_kernel(
                 (producer, (cfg, batch, rings, q_desc, k_desc, v_desc)),
             ],
             [1],
-            [24],  # what the consumer leaves: 240 for each of its threads
+            [24],  # what two warpgroups leave: 240 for each of their threads
         )
     elif CONSUMERS == 2:
         gl.warp_specialize(

@@ -193,7 +193,7 @@ class AttentionPlan:
     segment: int | None
     segment_rows: int
     split: Split | None  # None: all keys of a tile of prefill rows in one
-    narrow: bool  # prefill items are of half as many rows as usual
+    small: bool  # prefill items are of half as many rows as usual
 
 
 @cache
@@ -484,7 +484,7 @@ def plan_prefill_boxes(shape: Shape, device: Device, pointers: Config) -> Config
 
 
 def with_rows(config: Config, rows: int) -> Config:
-    """The config for tiles of so many rows, as many to a warp of four or more."""
+    """The config for tiles of so many rows: as many to a warp, and 4 warps or more."""
     num_warps = config.num_warps * rows // config.block_m
     return replace(config, block_m=rows, num_warps=max(4, num_warps))
 
@@ -542,10 +542,10 @@ SPLIT_KEYS = 128
 # 205 with one; 300 without context 16.8 and 15.2.
 SHORT_QUERY_LEN = 128
 # Up to so many keys, or twice as many as the longest query has tokens, few tiles of
-# rows are made narrow instead of being split by keys. On an H200, split and narrow, in
-# us: 100 without context 13.4 and 9.1; 64 of 1k 17.3 and 15.8, of 2k 19.0 and 23.6; 256
-# of 1k 24.2 and 16.9; with heads 8/1 x 128 1k 23.6 and 16.2, of 2k 29.1 and 24.2, of 4k
-# both 40.
+# rows have half as many rows instead of being split by keys. On an H200, split and so,
+# in us: 100 without context 13.4 and 9.1; 64 of 1k 17.3 and 15.8, of 2k 19.0 and 23.6;
+# 256 of 1k 24.2 and 16.9; with heads 8/1 x 128 1k 23.6 and 16.2, of 2k 29.1 and 24.2,
+# of 4k both 40.
 SHORT_SEQ_LEN = 1024
 
 
@@ -603,7 +603,7 @@ def make_plan(
     portable: bool = False,
     batch_invariant: bool = False,
     split_query_len: int | None = None,
-    narrow: bool = False,
+    small: bool = False,
 ) -> AttentionPlan:
     """Chooses for batches whose decodes have at most max_query_len query tokens.
 
@@ -615,8 +615,8 @@ def make_plan(
         batch_invariant: see `segments`; implies portable.
         split_query_len: longest query of a batch with few tiles of prefill rows, whose
             keys are split, see `Split`; not if batch invariant. None: there are many.
-        narrow: for few tiles with few keys: of half as many rows, where Hopper's kernel
-            has such.
+        small: whether few tiles with few keys are for this batch: of half as many rows,
+            where Hopper's kernel has such.
     """
     hopper = None if portable or batch_invariant else hopper_kernel(shape, device)
     prefill, pack = plan_prefill(shape, device), shape.group
@@ -627,9 +627,9 @@ def make_plan(
         rows = module.CONFIGS[max(64, shape.head_padded)].block_m
         is_short = split_query_len is not None and split_query_len < SHORT_QUERY_LEN
         pack = hopper_prefill.packed_heads(shape.group, is_short)
-    narrow &= hopper == "16-bit" and hopper_prefill.has_narrow(shape.head_size)
-    if narrow:
-        rows = hopper_prefill.find_config(shape.head_size, narrow).block_m
+    small &= hopper == "16-bit" and hopper_prefill.has_small(shape.head_size)
+    if small:
+        rows = hopper_prefill.find_config(shape.head_size, small).block_m
     if hopper == "16-bit":
         prefill = with_rows(prefill, rows)
         boxes = with_rows(boxes, rows) if boxes else None
@@ -669,5 +669,5 @@ def make_plan(
             triton.next_power_of_2(shape.group * max(max_query_len, 1)),
         ),
         split=few,
-        narrow=narrow,
+        small=small,
     )

@@ -590,10 +590,10 @@ class VarlenSchedule:
         self.sequences = integers(max_num_seqs, SEQUENCE_FIELDS.value)
         self.arrivals = integers(self.num_workers, 1)
         num_items = self.max_items(plan, max_num_tokens, max_num_seqs)
-        if self.plan_for(MAX_DECODE_QUERY_LEN + 1, narrow=True).narrow:
-            # Two for each of as many as `narrow_plan` takes at most.
-            head_tiles = num_query_heads // plan.prefill_pack
-            num_items = max(num_items, 2 * (self.target.num_units // head_tiles))
+        if self.plan_for(MAX_DECODE_QUERY_LEN + 1, small=True).small:
+            # Two for each of as many as `small_plan` takes at most.
+            most = self.target.num_units // self.head_tiles(plan)
+            num_items = max(num_items, 2 * most)
         # Where few tiles of prefill rows are split by keys; not with windows, whose
         # keys are few.
         self.splits: torch.Tensor | None = None
@@ -637,11 +637,11 @@ class VarlenSchedule:
         self.segment_slots = 0  # segments that a worker can leave; see `segments`
 
     def plan_for(
-        self, max_query_len: int, split: bool = False, narrow: bool = False
+        self, max_query_len: int, split: bool = False, small: bool = False
     ) -> AttentionPlan:
         """The plan of a batch whose longest query has max_query_len tokens.
 
-        split: and which has few tiles of prefill rows; narrow: and few keys.
+        split: and which has few tiles of prefill rows; small: and few keys.
         """
         split_query_len = None
         if split:  # two plans for all lengths
@@ -656,7 +656,7 @@ class VarlenSchedule:
             self.portable,
             self.batch_invariant,
             split_query_len,
-            narrow,
+            small,
         )
 
     def heads_abreast(self, plan: AttentionPlan) -> int:
@@ -669,6 +669,10 @@ class VarlenSchedule:
         if plan.abreast_tiles is None or self.num_workers % heads:
             return 1
         return heads
+
+    def head_tiles(self, plan: AttentionPlan) -> int:
+        """Tiles that a tile of prefill rows is for all query heads together."""
+        return self.shape.num_query_heads // plan.prefill_pack
 
     def max_items(self, plan: AttentionPlan, num_tokens: int, num_prefills: int) -> int:
         """Bound of the number of prefill tiles of a batch, were none split."""
@@ -695,16 +699,17 @@ class VarlenSchedule:
         if plan.split is None:
             return None
         num_tiles = self.max_items(plan, num_tokens, num_prefills)
-        # As many are not split if they have equal keys: the launch that combines parts
-        # would find none.
-        return plan if num_tiles < plan.split.max_tiles else None
+        # So many have equal keys if they are of one prefill, and are not split: the
+        # launch that combines parts would find none.
+        are_equal = num_tiles == plan.split.max_tiles and num_prefills == 1
+        return plan if num_tiles <= plan.split.max_tiles and not are_equal else None
 
-    def narrow_plan(
+    def small_plan(
         self,
         max_query_len: int,
         num_tokens: int,
         num_prefills: int | None,
-        max_seq_len: int | None,
+        max_prefill_seq_len: int | None,
     ) -> AttentionPlan | None:
         """The plan of a batch that has few prefill tiles and few keys, or None.
 
@@ -714,22 +719,29 @@ class VarlenSchedule:
             max_query_len: as for `update`.
             num_tokens: likewise.
             num_prefills: likewise.
-            max_seq_len: likewise.
+            max_prefill_seq_len: likewise.
         """
-        if not num_prefills or max_seq_len is None:
+        if not num_prefills or max_prefill_seq_len is None:
             return None
-        narrow = self.plan_for(max_query_len, narrow=True)
-        if not narrow.narrow:
+        small = self.plan_for(max_query_len, small=True)
+        if not small.small:
             return None
-        num_keys = max_seq_len
+        usual = self.plan_for(max_query_len)
+        head_tiles, num_units = self.head_tiles(usual), self.target.num_units
+        num_items = [
+            head_tiles * self.max_items(plan, num_tokens, num_prefills)
+            for plan in (usual, small)
+        ]
+        if num_items[0] > num_units:
+            return None
+        # Where they do not run all at once, they gain as the tiles of a prompt without
+        # context have few keys and many.
+        keys_per_query = 2 if num_items[1] <= num_units else 1
+        num_keys = max_prefill_seq_len
         if self.sight.sliding_window is not None:
             num_keys = min(num_keys, self.sight.sliding_window + max_query_len)
-        if num_keys > max(2 * max_query_len, SHORT_SEQ_LEN):
-            return None
-        wide = self.plan_for(max_query_len)
-        heads = self.shape.num_query_heads // wide.prefill_pack
-        num_items = heads * self.max_items(wide, num_tokens, num_prefills)
-        return narrow if num_items <= self.target.num_units else None
+        is_short = num_keys <= max(keys_per_query * max_query_len, SHORT_SEQ_LEN)
+        return small if is_short else None
 
     def least_unsplit_len(self) -> int | None:
         """Tokens from which a prefill, perhaps among others, is not split."""
@@ -774,7 +786,7 @@ class VarlenSchedule:
         num_tokens: int,
         min_query_len: int = 0,
         num_prefills: int | None = None,
-        max_seq_len: int | None = None,
+        max_prefill_seq_len: int | None = None,
         mm_prefix_range: torch.Tensor | None = None,
         mm_prefix_in_window: bool = False,
         prefix_lens: torch.Tensor | None = None,
@@ -790,9 +802,10 @@ class VarlenSchedule:
                 decodes are launched beside prefills. 0: not known, or a CUDA graph
                 will replay the launches for other batches.
             num_prefills: no more sequences have queries longer than `longest_decode`
-                (host); decides whether keys are split. None: not known, as above.
-            max_seq_len: no sequence is longer (host); decides whether they are not
-                split after all. None: not known, as above.
+                (host); decides whether keys are split. None: not known, as above. If it
+                is less than there are, rows may stay unwritten.
+            max_prefill_seq_len: none of these is longer, context included (host);
+                decides whether tiles are smaller instead. None: not known, as above.
             mm_prefix_range: as for this batch's calls of `varlen_attention`.
             mm_prefix_in_window: likewise.
             prefix_lens: likewise.
@@ -835,10 +848,10 @@ class VarlenSchedule:
         if max_query_len > MAX_DECODE_QUERY_LEN:
             num_items = self.max_items(plan, num_tokens, num_seqs)
             size = (max_query_len, num_tokens, num_prefills)
-            narrow = self.narrow_plan(*size, max_seq_len)
-            few = self.split_plan(*size)
-            if narrow is not None:
-                plan = narrow
+            small = self.small_plan(*size, max_prefill_seq_len)
+            few = self.split_plan(*size) if small is None else None
+            if small is not None:
+                plan = small
                 num_items = self.max_items(plan, num_tokens, num_prefills or num_seqs)
             elif few is not None and few.split is not None:
                 plan, num_items = few, few.split.max_items
@@ -891,7 +904,7 @@ class VarlenSchedule:
                 LONG_PIECE=LONG_PIECE if plan.segment is None else None,
                 PREFILL_PACK=plan.prefill_pack,
                 PREFILL_BLOCK_M=plan.prefill_rows,
-                HEAD_TILES=self.shape.num_query_heads // plan.prefill_pack,
+                HEAD_TILES=self.head_tiles(plan),
                 SPLIT_KEYS=plan.split.keys if plan.split else None,
                 NUM_UNITS=self.target.num_units,
                 **sight.constants(),

@@ -306,7 +306,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
                     sight.sliding_window,
                     options.softcap,
                     plan.split is not None,
-                    plan.narrow,
+                    plan.small,
                 ),
             )
     combine = None

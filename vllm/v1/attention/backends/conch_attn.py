@@ -310,7 +310,7 @@ class ConchAttentionMetadata(ConchMetadataBase):
     schedules: dict[ScheduleKey, VarlenSchedule]
     share: conch_dcp.Share | None = None  # where ranks share the keys
     query_lens: torch.Tensor | None = None  # [num_reqs] (host), if it may decide
-    max_seq_len: int | None = None  # no sequence is longer (host); decides likewise
+    seq_len_bounds: torch.Tensor | None = None  # [num_reqs] (host), likewise
     # What all layers with one schedule have in common, see `step_kind`.
     kinds: dict[ScheduleKey, tuple] = field(default_factory=dict)
 
@@ -359,9 +359,11 @@ class ConchAttentionMetadata(ConchMetadataBase):
             known: dict[str, int] = {}
             if (lens := self.query_lens) is not None:
                 known["min_query_len"] = int(lens.min())
-                known["num_prefills"] = int((lens > schedule.longest_decode).sum())
-                if self.max_seq_len is not None:
-                    known["max_seq_len"] = self.max_seq_len
+                is_prefill = lens > schedule.longest_decode
+                known["num_prefills"] = int(is_prefill.sum())
+                if known["num_prefills"] and self.seq_len_bounds is not None:
+                    longest = int(self.seq_len_bounds[is_prefill].max())
+                    known["max_prefill_seq_len"] = longest
             schedule.update(
                 self.query_start_loc,
                 seq_lens,
@@ -452,6 +454,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         if self.shares is not None:
             is_empty = self.has_no_context(common)
             share = self.shares.build(len(seq_lens), max_query_len, is_empty)
+        query_lens = self.query_lens(common)
         metadata = ConchAttentionMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=max_query_len,
@@ -464,8 +467,8 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             prefix_lens=self.update_prefix_lens(common),
             schedules=self.schedules,
             share=share,
-            query_lens=self.query_lens(common),
-            max_seq_len=common.max_seq_len,
+            query_lens=query_lens,
+            seq_len_bounds=self.seq_len_bounds(common, query_lens),
         )
         metadata.update_schedules()
         return metadata
@@ -520,6 +523,17 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             return None
         return common.query_start_loc_cpu.diff()
 
+    def seq_len_bounds(
+        self, common: CommonAttentionMetadata, query_lens: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Bounds of the sequences' lengths, for the same purpose as `query_lens`."""
+        if query_lens is None:
+            return None
+        seq_lens = host_seq_lens(common)
+        if seq_lens is None:
+            return torch.full_like(query_lens, common.max_seq_len)
+        return seq_lens[: len(query_lens)]
+
     def graphs_hold_any_batch(self) -> bool:
         """Whether CUDA graphs of mixed batches have the attention in them."""
         mode = self.vllm_config.compilation_config.cudagraph_mode
@@ -544,7 +558,7 @@ class DummyBatch(NamedTuple):
     Attributes:
         query_len: its length.
         alone: whether the host knows that there are no other prefills.
-        short: whether it knows, besides, that there are no more keys.
+        short: whether it knows, besides, that there is no context.
         causal: whether attention is causal, or a tensor that says it.
         packed: whether query, key and value are slices of one tensor, as many models
             pass them, or each has its own: kernels are compiled for the alignment of
@@ -1023,7 +1037,8 @@ class ConchAttentionImpl(ConchImplBase):
         )
         if shares is None and batch.alone:
             metadata.query_lens = torch.tensor([query_len])
-            metadata.max_seq_len = query_len if batch.short else None
+            if batch.short:
+                metadata.seq_len_bounds = metadata.query_lens
         if shares is not None:
             metadata.share = shares.build(1, query_len, is_empty=False)
         metadata.update_schedules()
