@@ -114,7 +114,7 @@ def test_attention_of_an_8b_model(
         max_model_len=4096,
         max_num_batched_tokens=2048,
         num_gpu_blocks_override=1024,
-        gpu_memory_utilization=0.3,
+        gpu_memory_utilization=0.6,
     )
     layers = LARGE["num_hidden_layers"]
     with engine(str(tmp_path), layers, **sizes) as llm:
