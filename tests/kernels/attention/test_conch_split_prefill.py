@@ -191,15 +191,15 @@ def test_as_many_tiles_as_multiprocessors():
     """Of one prefill none is split, as all are equal; of two the longer one may be."""
     options = {"num_query_heads": 4, "num_kv_heads": 1, "dtype": HALF, "padding": 0}
     batch = make_batch([(17, LONG), (20, 40)], **options)
-    schedule = make_schedule(batch, max_num_tokens=5000)
-    split = schedule.plan_for(17, split=True).split
-    rows = schedule.plan_for(17, split=True).prefill_rows // schedule.shape.group
-    one = split.max_tiles * rows
-    two = (split.max_tiles - 1) * rows  # and a tile begun for each
-    assert schedule.split_plan(1000, one, 1) is None
-    assert schedule.split_plan(1000, one - rows, 1) is not None
-    assert schedule.split_plan(1000, two, 2) is not None
-    assert schedule.split_plan(1000, two + rows, 2) is None
+    schedule = make_schedule(batch)
+    plan = schedule.plan_for(20, split=True)
+    rows = plan.prefill_rows // plan.prefill_pack
+    one = plan.split.max_tiles * rows
+    two = (plan.split.max_tiles - 1) * rows  # and a tile begun for each
+    assert schedule.split_plan(20, one, 1) is None
+    assert schedule.split_plan(20, one - rows, 1) is not None
+    assert schedule.split_plan(20, two, 2) is not None
+    assert schedule.split_plan(20, two + rows, 2) is None
 
 
 def test_long_sequences_get_the_parts():
