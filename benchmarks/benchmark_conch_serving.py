@@ -5,6 +5,8 @@
     python benchmarks/benchmark_conch_serving.py --out serving
     python benchmarks/benchmark_conch_serving.py --backends CONCH,FLASH_ATTN \
         --cases 1x32768/128 --kv-cache-dtype auto,fp8
+    TRITON_INTERPRET=1 python benchmarks/benchmark_conch_serving.py --model tiny \
+        --backends CONCH --cases 1x16/2    # without a GPU, to try it
 
 Every backend gets a process of its own for each kind of KV cache, one after the other,
 with the same model: the shape of Llama-3.1-8B, random weights. A case
@@ -83,6 +85,14 @@ ENGINE = {
         "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]
     },
 }
+TINY_ENGINE = {
+    "max_model_len": 1024,
+    "max_num_seqs": 8,
+    "num_gpu_blocks_override": 512,
+    "gpu_memory_utilization": 0.1,
+    "enforce_eager": True,
+}
+ENGINES = {"llama8b": ENGINE, "tiny": TINY_ENGINE}
 
 # Most important first. 64 sequences of 32k tokens do not fit a GPU of 141 GB: their
 # keys and values take 275 GB, in fp8 half of that; 16 stand for them.
@@ -269,7 +279,7 @@ def start_engine(backend: str, options: argparse.Namespace) -> Any:
     import vllm
     from vllm.engine.arg_utils import EngineArgs
 
-    arguments = ENGINE | json.loads(options.engine_args)
+    arguments = ENGINES[options.model] | json.loads(options.engine_args)
     if "attention_backend" in {field.name for field in dataclasses.fields(EngineArgs)}:
         arguments["attention_backend"] = backend
     else:
@@ -337,15 +347,18 @@ def result_path(folder: Path, backend: str, kv_cache_dtype: str) -> Path:
     return folder / f"{backend}-{kv_cache_dtype}.json"
 
 
-def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs backends in processes; returns what those that came through found."""
+def run_all(options: argparse.Namespace, cache: str) -> list[dict[str, Any]]:
+    """Runs backends in processes; returns what those that came through found.
+
+    cache: folder for what vLLM compiles, which backends share.
+    """
     (options.out / "model").mkdir(parents=True, exist_ok=True)
     config = json.dumps(MODELS[options.model])
     (options.out / "model" / "config.json").write_text(config)
     defaults = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
-        "VLLM_CACHE_ROOT": str(options.out / "cache"),
+        "VLLM_CACHE_ROOT": cache,
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, __file__, *sys.argv[1:], "--out", str(options.out)]
@@ -525,7 +538,8 @@ def main() -> int:
     if options.worker:
         run_backend(options.worker, options)
         return 0
-    found = run_all(options)
+    with tempfile.TemporaryDirectory(prefix="conch-serving-cache-") as cache:
+        found = run_all(options, cache)
     rows = make_rows(found, options.baseline)
     show(rows, options.baseline)
     for one in found:
