@@ -101,7 +101,7 @@ LARGE = {
 def test_attention_of_an_8b_model(
     num_kv_heads: int, ranks: dict[str, int], tmp_path: Path
 ) -> None:
-    """Eager and with CUDA graphs, after prompts of some thousand tokens."""
+    """With CUDA graphs, after prompts of some thousand tokens."""
     shape = SHAPE | LARGE | {"num_key_value_heads": num_kv_heads}
     model = save(LlamaForCausalLM, LlamaConfig(**shape), tmp_path)
     del model
@@ -119,7 +119,6 @@ def test_attention_of_an_8b_model(
     layers = LARGE["num_hidden_layers"]
     with engine(str(tmp_path), layers, **sizes) as llm:
         expected = generate(llm, prompts, 32)
-    for enforce_eager in (True, False):
-        options = sizes | ranks | {"enforce_eager": enforce_eager}
-        with engine(str(tmp_path), layers, **options) as llm:
-            assert generate(llm, prompts, 32) == expected, options
+    options = sizes | ranks | {"enforce_eager": False}
+    with engine(str(tmp_path), layers, **options) as llm:
+        assert generate(llm, prompts, 32) == expected
