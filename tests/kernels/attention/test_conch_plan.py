@@ -346,8 +346,10 @@ def test_few_tiles_of_hopper(group, pack, triton_of_hopper):
         tiles = shape.num_query_heads // chosen.prefill_pack
         fits = tiles <= H200.num_units
         assert chosen.split == (plan.Split(128, tiles, 132) if fits else None)
-        others = {"split": None, "prefill_pack": 1, "head_lanes": None}
-        assert replace(chosen, **others) == many
+        assert chosen.head_tiles == tiles
+        heads = shape.num_query_heads
+        others = {"prefill_pack": 1, "head_tiles": heads, "head_lanes": None}
+        assert replace(chosen, split=None, **others) == many
 
 
 def test_split_plans(triton_of_hopper):

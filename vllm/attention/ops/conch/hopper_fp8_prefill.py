@@ -8,10 +8,14 @@ for 16 bits; work list, TMA descriptors and availability are the same.
 
 import torch
 
-from vllm.triton_utils import triton
-
 from .checks import TensorSpec
-from .hopper_prefill import HopperLaunch, HopperOptions, TileConfig, plan_kernel
+from .hopper_prefill import (
+    HopperLaunch,
+    HopperOptions,
+    TileConfig,
+    padded_head,
+    plan_kernel,
+)
 
 HEAD_SIZES = range(48, 257, 16)  # 16: TMA's strides; smaller ones waste half the tile
 FP8 = torch.float8_e4m3fn
@@ -70,7 +74,7 @@ def plan_launch(
     """
     from .hopper_fp8_prefill_kernel import hopper_fp8_prefill_kernel
 
-    padded = max(64, triton.next_power_of_2(key_cache.shape[3]))
+    padded = padded_head(key_cache.shape[3])
     return plan_kernel(
         hopper_fp8_prefill_kernel,
         *(query, key_cache, output, block_table, CONFIGS[padded], options),

@@ -134,6 +134,7 @@ def packed_heads(group: int, is_short: bool = False) -> int:
 
 
 def padded_head(head_size: int) -> int:
+    """Columns of a tile, as in `hopper_tiles`."""
     return max(PANEL, triton.next_power_of_2(head_size))
 
 

@@ -178,6 +178,7 @@ class AttentionPlan:
     # The same rows, with K and V read in boxes, where strides and addresses allow.
     prefill_boxes: Config | None
     prefill_pack: int  # query heads in a tile of prefill rows
+    head_tiles: int  # such tiles for all query heads
     prefill_rows: int  # of a prefill item: one or more tiles of the portable kernel
     head_lanes: int | None  # see `head_lanes`
     # "16-bit" or "fp8": that Hopper kernel does prefills, where strides and options
@@ -541,11 +542,11 @@ SPLIT_KEYS = 128
 # 64, 128 and 256 of them take 66, 114 and 206 us with four heads in a tile, 80, 111 and
 # 205 with one; 300 without context 16.8 and 15.2.
 SHORT_QUERY_LEN = 128
-# Up to so many keys, or twice as many as the longest query has tokens, few tiles of
-# rows have half as many rows instead of being split by keys. On an H200, split and so,
-# in us: 100 without context 13.4 and 9.1; 64 of 1k 17.3 and 15.8, of 2k 19.0 and 23.6;
-# 256 of 1k 24.2 and 16.9; with heads 8/1 x 128 1k 23.6 and 16.2, of 2k 29.1 and 24.2,
-# of 4k both 40.
+# Up to so many keys, or as many as the longest query has tokens, or twice as many where
+# all run at once, few tiles have half as many rows and are not split. On an H200, split
+# and so, in us: 100 without context 13.4 and 9.1; 64 of 1k 17.3 and 15.8, of 2k 19.0
+# and 23.6; 256 of 1k 24.2 and 16.9; with heads 8/1 x 128 1k 23.6 and 16.2, of 2k 29.1
+# and 24.2, of 4k both 40.
 SHORT_SEQ_LEN = 1024
 
 
@@ -655,6 +656,7 @@ def make_plan(
         prefill=prefill,
         prefill_boxes=boxes,
         prefill_pack=pack,
+        head_tiles=head_tiles,
         prefill_rows=rows,
         head_lanes=head_lanes(head_tiles, device.num_xcds),
         hopper=hopper,

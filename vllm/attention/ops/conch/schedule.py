@@ -592,7 +592,7 @@ class VarlenSchedule:
         num_items = self.max_items(plan, max_num_tokens, max_num_seqs)
         if self.plan_for(MAX_DECODE_QUERY_LEN + 1, small=True).small:
             # Two for each of as many as `small_plan` takes at most.
-            most = self.target.num_units // self.head_tiles(plan)
+            most = self.target.num_units // plan.head_tiles
             num_items = max(num_items, 2 * most)
         # Where few tiles of prefill rows are split by keys; not with windows, whose
         # keys are few.
@@ -670,10 +670,6 @@ class VarlenSchedule:
             return 1
         return heads
 
-    def head_tiles(self, plan: AttentionPlan) -> int:
-        """Tiles that a tile of prefill rows is for all query heads together."""
-        return self.shape.num_query_heads // plan.prefill_pack
-
     def max_items(self, plan: AttentionPlan, num_tokens: int, num_prefills: int) -> int:
         """Bound of the number of prefill tiles of a batch, were none split."""
         rows = num_tokens * plan.prefill_pack
@@ -727,9 +723,9 @@ class VarlenSchedule:
         if not small.small:
             return None
         usual = self.plan_for(max_query_len)
-        head_tiles, num_units = self.head_tiles(usual), self.target.num_units
+        num_units = self.target.num_units
         num_items = [
-            head_tiles * self.max_items(plan, num_tokens, num_prefills)
+            plan.head_tiles * self.max_items(plan, num_tokens, num_prefills)
             for plan in (usual, small)
         ]
         if num_items[0] > num_units:
@@ -904,7 +900,7 @@ class VarlenSchedule:
                 LONG_PIECE=LONG_PIECE if plan.segment is None else None,
                 PREFILL_PACK=plan.prefill_pack,
                 PREFILL_BLOCK_M=plan.prefill_rows,
-                HEAD_TILES=self.head_tiles(plan),
+                HEAD_TILES=plan.head_tiles,
                 SPLIT_KEYS=plan.split.keys if plan.split else None,
                 NUM_UNITS=self.target.num_units,
                 **sight.constants(),

@@ -257,7 +257,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
             dict(
                 PACK=plan.prefill_pack,
                 ITEM_TILES=plan.prefill_rows // config.block_m,
-                HEAD_TILES=shape.num_query_heads // plan.prefill_pack,
+                HEAD_TILES=plan.head_tiles,
                 HEAD_LANES=plan.head_lanes,
                 MASKED_TILE=config.masked_tile or config.tile,
                 SYNCED=config.synced,
@@ -410,9 +410,9 @@ class PreparedAttention:
         """
         self.schedule = schedule
         plan, shape = schedule.plan, schedule.shape
-        self.item_programs = (  # head tiles, and tiles of rows for each of these
-            shape.num_query_heads // plan.prefill_pack
-        ) * (plan.prefill_rows // plan.prefill.block_m)
+        # Head tiles, and tiles of rows for each of these.
+        row_tiles = plan.prefill_rows // plan.prefill.block_m
+        self.item_programs = plan.head_tiles * row_tiles
         caches, options = (key_cache, value_cache), (*scales, *features)
         decode_work = (
             block_table,
