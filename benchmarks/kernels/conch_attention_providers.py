@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import conch_bench as bench
+import numpy as np
 import torch
 from conch_attention_cases import TOKEN_HEAD_OPTIONS, Case
 
@@ -26,6 +27,7 @@ from vllm.attention.ops.conch import (
     reshape_and_cache,
     varlen_attention,
 )
+from vllm.attention.ops.conch.overlap import count_work
 from vllm.attention.ops.conch.plan import Shape, hopper_kernel, this_device
 
 FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -232,6 +234,9 @@ class Conch(Provider):
             portable=self.portable,
         )
         query_lens = [query_len for query_len, _ in case.lengths]
+        work = count_work(
+            *np.array(case.lengths).T, schedule.longest_decode, case.window
+        )
         schedule.update(
             inputs.query_start_loc,
             inputs.seq_lens,
@@ -242,6 +247,7 @@ class Conch(Provider):
             max_prefill_seq_len=max(
                 (s for n, s in case.lengths if n > schedule.longest_decode), default=0
             ),
+            work=work,
         )
         return schedule
 

@@ -100,7 +100,9 @@ def use_hopper(monkeypatch: pytest.MonkeyPatch, num_units: int = 3) -> None:
     from tests.kernels.attention.conch_gluon import run_kernel
 
     launch = CONCH["launch"]
-    device = CONCH["plan"].Device("cuda", 90, num_units, shared_memory=227 * 1024)
+    device = CONCH["plan"].Device(
+        "cuda", 90, num_units, shared_memory=227 * 1024, bandwidth=1e12
+    )
     for name in ("plan", "schedule", "arguments"):
         monkeypatch.setattr(CONCH[name], "this_device", lambda index: device)
     monkeypatch.setattr(hopper_prefill, "num_programs", lambda device: num_units)
@@ -113,8 +115,12 @@ def use_hopper(monkeypatch: pytest.MonkeyPatch, num_units: int = 3) -> None:
             seed = next(seeds)
             return run_kernel(self.kernel, grid[0], every, self.constants, seed)
         # Triton's interpreter knows no assembly, which has the same results.
-        ptx = {name: "triton" for name, how in self.constants.items() if how == "ptx"}
-        return self.kernel[grid](*arguments, *self.arguments, **self.constants | ptx)
+        constants = {
+            name: "triton" if how == "ptx" else how
+            for name, how in self.constants.items()
+        }
+        constants |= {"OVERLAPS": False} if "OVERLAPS" in constants else {}
+        return self.kernel[grid](*arguments, *self.arguments, **constants)
 
     monkeypatch.setattr(launch.Launch, "launch", launch_any)
 

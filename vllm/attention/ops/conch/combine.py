@@ -101,6 +101,7 @@ def combine_kernel(
     PARTS: tl.constexpr,  # partials that are loaded at once
     FP8: tl.constexpr,  # format of an output that is divided by output_scale, or None
     FP8_MAX: tl.constexpr,
+    OVERLAPS: tl.constexpr,  # the launch before may still run; see `overlap`
 ):
     """Combines the parts of each prefill tile whose keys were split."""
     partials = (partial_acc_ptr, partial_max_ptr, partial_sum_ptr)
@@ -112,6 +113,8 @@ def combine_kernel(
         v_scale = tl.load(v_scale_ptr)
     CHUNKS: tl.constexpr = BLOCK_M // ROWS
     num_chunks = tl.load(splits_ptr) * HEAD_TILES * CHUNKS
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     for index in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
         place = tl.load(splits_ptr + 1 + index // (HEAD_TILES * CHUNKS))
         head_tile = index // CHUNKS % HEAD_TILES

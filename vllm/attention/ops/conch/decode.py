@@ -166,6 +166,7 @@ def decode_kernel(
     FP8_MAX: tl.constexpr,
     LEAN: tl.constexpr,
     SAME_STRIDES: tl.constexpr,  # of K and V
+    OVERLAPS: tl.constexpr,  # the launch before may still run; see `overlap`
 ):
     partials = (partial_acc_ptr, partial_max_ptr, partial_sum_ptr)
     ranges = (ranges_ptr, num_ranges)
@@ -287,3 +288,5 @@ def decode_kernel(
             sequence, query_start, query_len, seq_len = load_sequence(
                 sequences_ptr + entry * SEQUENCE_FIELDS
             )
+    if OVERLAPS:  # what follows may read what prefills write
+        tl.extra.cuda.gdc_wait()

@@ -18,7 +18,7 @@ from .hopper_prefill import (
     PANEL,
     HopperLaunch,
 )
-from .launch import Launch
+from .launch import Launch, dependent_options
 from .limits import WIDEST_WINDOW
 
 # Not 64: on an H200 16 x 8k take 86 us in this kernel, 82 in the portable one. Two
@@ -69,6 +69,7 @@ def plan_launch(
     scale: float,
     causal: bool,
     sliding_window: int | None,
+    overlaps: bool = False,
 ) -> HopperLaunch:
     """Plans the launch of the decodes on a schedule's list.
 
@@ -89,6 +90,7 @@ def plan_launch(
         scale: factor of the logits.
         causal: as for `hopper_prefill`.
         sliding_window: likewise.
+        overlaps: whether the launch follows that of prefills; see `overlap`.
     """
     from .hopper_decode_kernel import hopper_decode_kernel
 
@@ -120,6 +122,7 @@ def plan_launch(
             FEW_PARTS=FEW_PARTS,
             num_warps=4,
             maxnreg=REGISTERS,
+            **dependent_options(overlaps),
         ),
     )
     page_box = (1, min(block_size & -block_size, tile), 1, PANEL)

@@ -34,6 +34,7 @@ from .hopper_prefill_kernel import (
 from .hopper_tiles import (
     CONSUMER_ROWS,
     PANEL,
+    await_launch_before,
     make_rings,
     mbarrier,
     padded_head,
@@ -643,6 +644,7 @@ def hopper_decode_kernel(
     WINDOWED: gl.constexpr,
     PARTS: gl.constexpr,
     FEW_PARTS: gl.constexpr,
+    OVERLAPS: gl.constexpr,  # the launch before may still run; see `overlap`
 ):
     # In slots that are one page's; where pages overlap, each is a page's first.
     BOX: gl.constexpr = k_desc.block_shape[0] * k_desc.block_shape[1]
@@ -674,3 +676,5 @@ def hopper_decode_kernel(
         [1],
         [40],
     )  # fmt: skip
+    if OVERLAPS:  # what follows may read what prefills write
+        await_launch_before()

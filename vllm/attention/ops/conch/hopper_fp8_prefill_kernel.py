@@ -47,6 +47,7 @@ from .hopper_tiles import (
     MASK_LOWER,
     MASK_UPPER,
     Batch,
+    begin_next_launch,
     fence_async_shared,
     first_seen_page,
     is_split,
@@ -831,6 +832,7 @@ def hopper_fp8_prefill_kernel(
         block_table, block_table_stride, scale_log2, cap_scale, window,
     )  # fmt: skip
     states = (acc_states, max_states, sum_states)
+    begin_next_launch()
     rings = make_rings(cfg, k_desc.dtype)
     if CONSUMERS == 2:
         gl.warp_specialize(

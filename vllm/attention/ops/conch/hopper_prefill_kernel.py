@@ -27,6 +27,7 @@ from .hopper_tiles import (
     PANEL,
     Batch,
     Config,
+    begin_next_launch,
     fence_async_shared,
     first_seen_page,
     is_split,
@@ -661,6 +662,7 @@ def hopper_prefill_kernel(
         block_table, block_table_stride, scale_log2, cap_scale, window,
     )  # fmt: skip
     states = (acc_states, max_states, sum_states)
+    begin_next_launch()
     rings = make_rings(cfg, k_desc.dtype)
     # Three warpgroups share 504 registers a thread lane, four 512.
     CONSUMER_REGISTERS: gl.constexpr = 232 if cfg.PADDED == 64 else 240

@@ -303,6 +303,23 @@ def make_rings(cfg, dtype: gl.constexpr):
 
 
 @gluon.jit
+def begin_next_launch():
+    """Lets a dependent launch begin, once all programs have come so far; see
+    `overlap`."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, False, 1
+    )
+
+
+@gluon.jit
+def await_launch_before():
+    """Waits for the end of the launch on which this one depends."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], gl.int32, False, 1
+    )
+
+
+@gluon.jit
 def ring_slot(cfg, count):
     """Where a ring has the tile number `count`, which is unsigned: remainders of signed
     numbers take longer."""

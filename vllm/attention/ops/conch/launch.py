@@ -149,6 +149,17 @@ class Variant:
         return arguments
 
 
+def dependent_options(overlaps: bool) -> dict[str, bool]:
+    """Constant and option of a launch that may begin before the one before it ends.
+
+    Its kernel must wait for that, by PTX's griddepcontrol.wait, before it ends itself:
+    what follows waits for this kernel alone. Only for CUDA, from Hopper on.
+    """
+    if not overlaps:
+        return dict(OVERLAPS=False)
+    return dict(OVERLAPS=True, launch_pdl=True)
+
+
 # Whether launches only have their variants compiled; see `compile_together`.
 compiles_only = False
 

@@ -47,6 +47,7 @@ class Device:
     num_units: int  # multiprocessors or compute units
     shared_memory: int  # bytes that one program may use
     num_xcds: int = 1  # dies with an L2 each, to which programs are dealt in turn
+    bandwidth: float = 0.0  # of memory, bytes/s; 0: not known
 
 
 class Shape(NamedTuple):
@@ -195,6 +196,7 @@ class AttentionPlan:
     segment_rows: int
     split: Split | None  # None: all keys of a tile of prefill rows in one
     small: bool  # prefill items are of half as many rows as usual
+    overlaps: bool  # decodes run beside prefills, see `overlap`
 
 
 @cache
@@ -212,7 +214,13 @@ def this_device(index: int | None) -> Device:
         num_units,
         properties["max_shared_mem"],
         count_xcds(target.arch, num_units),
+        memory_bandwidth(properties) if target.backend == "cuda" else 0.0,
     )
+
+
+def memory_bandwidth(properties: dict[str, int]) -> float:
+    """Bytes/s, of the driver's properties: kHz, at two transfers each, and bits."""
+    return 2e3 * properties["mem_clock_rate"] * properties["mem_bus_width"] / 8
 
 
 # Compute units of one die: an MI300X has 304 on 8, an MI355X 256 on 8.
@@ -605,6 +613,7 @@ def make_plan(
     batch_invariant: bool = False,
     split_query_len: int | None = None,
     small: bool = False,
+    has_prefills: bool = False,
 ) -> AttentionPlan:
     """Chooses for batches whose decodes have at most max_query_len query tokens.
 
@@ -618,6 +627,7 @@ def make_plan(
             keys are split, see `Split`; not if batch invariant. None: there are many.
         small: whether few tiles with few keys are for this batch: of half as many rows,
             where Hopper's kernel has such.
+        has_prefills: whether the batch may have prefills beside its decodes.
     """
     hopper = None if portable or batch_invariant else hopper_kernel(shape, device)
     prefill, pack = plan_prefill(shape, device), shape.group
@@ -672,4 +682,5 @@ def make_plan(
         ),
         split=few,
         small=small,
+        overlaps=has_prefills and hopper is not None,
     )

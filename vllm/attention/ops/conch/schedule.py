@@ -18,6 +18,7 @@ from .combine import ITEM_FIELDS
 from .decode import SEQUENCE_FIELDS, WORKER_FIELDS, decode_key_tiles, decode_rows
 from .launch import Launch
 from .limits import WIDEST_WINDOW, first_seen_key
+from .overlap import Work, prefill_units
 from .plan import (
     KV_INTEGER_DTYPES,
     MAX_DECODE_QUERY_LEN,
@@ -87,8 +88,8 @@ def load_decodes(
 @triton.jit
 def whole_pieces(
     query_start_loc_ptr, seq_lens_ptr, num_seqs, decode_query_len, window, ranges,
-    prefix_ptr, tiles_per_piece,
-    NUM_WORKERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    prefix_ptr, tiles_per_piece, num_workers,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr,
     CHUNK_LOOKBACK: tl.constexpr, RANGES_IN_WINDOW: tl.constexpr, BLOCK: tl.constexpr,
     LONG_PIECE: tl.constexpr,
@@ -115,13 +116,13 @@ def whole_pieces(
         needed += tl.sum(tiles // row_tiles * parts)
         part_tiles = tl.where(tiles > 0, tl.cdiv(row_tiles, parts), 0)
         longest = tl.maximum(longest, tl.max(part_tiles))
-    return needed <= NUM_WORKERS, longest
+    return needed <= num_workers, longest
 
 
 @triton.jit
 def schedule_decode(
     query_start_loc_ptr, seq_lens_ptr, workers_ptr, sequences_ptr, arrivals_ptr,
-    num_seqs, decode_query_len, window, ranges, prefix_ptr, first_worker,
+    num_seqs, decode_query_len, window, ranges, prefix_ptr, first_worker, num_workers,
     NUM_WORKERS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, TILE: tl.constexpr, ABREAST: tl.constexpr,
     ABREAST_TILES: tl.constexpr, WINDOWED: tl.constexpr, CHUNK_LOOKBACK: tl.constexpr,
@@ -131,7 +132,8 @@ def schedule_decode(
     """Gives LANES workers their pieces; the first program also lists the sequences.
 
     All heads are one line of tiles, or, abreast, each of ABREAST has a line of its own.
-    Where each row begins with a piece, it takes whole pieces of its line.
+    Where each row begins with a piece, it takes whole pieces of its line. Workers past
+    num_workers have nothing to do.
     """
     total = 0
     for start in range(0, num_seqs, BLOCK):
@@ -141,16 +143,18 @@ def schedule_decode(
             CHUNK_LOOKBACK, RANGES_IN_WINDOW, BLOCK,
         )  # fmt: skip
         total += tl.sum(tiles)
-    tiles_per_piece = tl.maximum(tl.cdiv(total, NUM_WORKERS), 1)
+    tiles_per_piece = tl.maximum(tl.cdiv(total, num_workers), 1)
     are_whole, whole_tiles = whole_pieces(
         query_start_loc_ptr, seq_lens_ptr, num_seqs, decode_query_len, window, ranges,
-        prefix_ptr, tiles_per_piece, NUM_WORKERS, NUM_KV_HEADS, GROUP, BLOCK_M, TILE,
+        prefix_ptr, tiles_per_piece, num_workers, NUM_KV_HEADS, GROUP, BLOCK_M, TILE,
         WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW, BLOCK, LONG_PIECE,
     )  # fmt: skip
     tiles_per_piece = tl.where(are_whole, whole_tiles, tiles_per_piece)
     abreast = 1
     if ABREAST > 1:
-        abreast = tl.where(tiles_per_piece >= ABREAST_TILES, ABREAST, 1)
+        are_even = num_workers % ABREAST == 0  # as many for each line
+        are_abreast = are_even & (tiles_per_piece >= ABREAST_TILES)
+        abreast = tl.where(are_abreast, ABREAST, 1)
 
     worker = first_worker + tl.arange(0, LANES)
     first_head = worker % abreast
@@ -162,7 +166,7 @@ def schedule_decode(
     tl.store(record + 9, tiles_per_piece + worker * 0, mask=valid)
     tl.store(record + 10, abreast + worker * 0, mask=valid)
     tl.store(record + 11, piece, mask=valid)
-    tl.store(record + 12, first_head * (NUM_WORKERS // abreast), mask=valid)
+    tl.store(record + 12, first_head * (num_workers // abreast), mask=valid)
     tl.store(arrivals_ptr + worker, worker * 0, mask=valid)
     line = 0
     listed = 0
@@ -301,23 +305,23 @@ def schedule_prefill(
 
 
 @triton.jit
-def count_parts(seq_len, total, SPLIT_KEYS: tl.constexpr, NUM_UNITS: tl.constexpr):
+def count_parts(seq_len, total, num_units, SPLIT_KEYS: tl.constexpr):
     """Units of keys that a sequence has, and how many parts its tiles are cut into.
 
     Rounded down: if all are equal, there are no more parts than multiprocessors. A part
     has two units or more.
     """
     units = tl.cdiv(seq_len, SPLIT_KEYS)
-    parts = tl.minimum(units * NUM_UNITS // tl.maximum(total, 1), units // 2)
+    parts = tl.minimum(units * num_units // tl.maximum(total, 1), units // 2)
     return units, tl.maximum(parts, 1)
 
 
 @triton.jit
 def schedule_parts(
     query_start_loc_ptr, seq_lens_ptr, items_ptr, splits_ptr,
-    num_seqs, decode_query_len, first_item,
+    num_seqs, decode_query_len, first_item, num_units,
     PACK: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_TILES: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr, NUM_UNITS: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Lists LANES parts of prefill tiles whose keys are split, and the tiles.
@@ -343,7 +347,7 @@ def schedule_parts(
             query_start_loc_ptr, seq_lens_ptr, start, num_seqs, BLOCK
         )
         blocks = prefill_blocks(query_len, decode_query_len, PACK, BLOCK_M)
-        units, parts = count_parts(seq_len, total, SPLIT_KEYS, NUM_UNITS)
+        units, parts = count_parts(seq_len, total, num_units, SPLIT_KEYS)
         count = blocks * parts
         last = line + tl.cumsum(count, 0)
         match = (item[:, None] >= (last - count)[None, :]) & (
@@ -384,6 +388,8 @@ def schedule_parts(
         "seq_lens_ptr",
         "num_seqs",
         "decode_query_len",
+        "num_workers",
+        "num_units",
         "window",
         "ranges_ptr",
         "prefix_ptr",
@@ -393,6 +399,8 @@ def schedule_parts(
 def schedule_kernel(
     num_seqs,
     decode_query_len,
+    num_workers,  # that have work, at most NUM_WORKERS
+    num_units,  # that have work of prefills; see `overlap`
     query_start_loc_ptr,  # [num_seqs + 1]
     seq_lens_ptr,  # [num_seqs]
     workers_ptr,
@@ -416,7 +424,6 @@ def schedule_kernel(
     PREFILL_BLOCK_M: tl.constexpr,
     HEAD_TILES: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,  # see `plan.Split`; None: keys are not split
-    NUM_UNITS: tl.constexpr,
     WINDOWED: tl.constexpr,
     CHUNK_LOOKBACK: tl.constexpr,
     RANGES_IN_WINDOW: tl.constexpr,
@@ -429,7 +436,7 @@ def schedule_kernel(
         schedule_decode(
             query_start_loc_ptr, seq_lens_ptr, workers_ptr, sequences_ptr, arrivals_ptr,
             num_seqs, decode_query_len, window, (ranges_ptr, num_ranges), prefix_ptr,
-            program * LANES,
+            program * LANES, num_workers,
             NUM_WORKERS, NUM_KV_HEADS, GROUP, DECODE_BLOCK_M, DECODE_TILE,
             ABREAST, ABREAST_TILES, WINDOWED, CHUNK_LOOKBACK, RANGES_IN_WINDOW,
             BLOCK, LANES, LONG_PIECE,
@@ -437,9 +444,8 @@ def schedule_kernel(
     elif SPLIT_KEYS is not None:
         schedule_parts(
             query_start_loc_ptr, seq_lens_ptr, items_ptr, splits_ptr,
-            num_seqs, decode_query_len, (program - DECODE_PROGRAMS) * LANES,
-            PREFILL_PACK, PREFILL_BLOCK_M, HEAD_TILES, SPLIT_KEYS, NUM_UNITS,
-            BLOCK, LANES,
+            num_seqs, decode_query_len, (program - DECODE_PROGRAMS) * LANES, num_units,
+            PREFILL_PACK, PREFILL_BLOCK_M, HEAD_TILES, SPLIT_KEYS, BLOCK, LANES,
         )  # fmt: skip
     else:
         schedule_prefill(
@@ -629,6 +635,9 @@ class VarlenSchedule:
         self.work = self.items[:0]  # prefill items in use
         self.num_items = 0  # and their number
         self.has_decodes = True  # False: the host knows that there are none
+        # Programs of Hopper's prefill kernel, and of decode's; None: as many as ever.
+        self.prefill_grid: tuple[int, int] | None = None
+        self.decode_grid: tuple[int, int] | None = None
         self.plan = plan
         # Equal after updates that chose the same kernels.
         self.choice = 0
@@ -647,7 +656,8 @@ class VarlenSchedule:
         if split:  # two plans for all lengths
             is_short = max_query_len < SHORT_QUERY_LEN
             split_query_len = MAX_DECODE_QUERY_LEN + 1 if is_short else SHORT_QUERY_LEN
-        if max_query_len > MAX_DECODE_QUERY_LEN:
+        has_prefills = max_query_len > MAX_DECODE_QUERY_LEN
+        if has_prefills:
             max_query_len = self.decode_query_len
         return make_plan(
             self.shape,
@@ -657,6 +667,7 @@ class VarlenSchedule:
             self.batch_invariant,
             split_query_len,
             small,
+            has_prefills,
         )
 
     def heads_abreast(self, plan: AttentionPlan) -> int:
@@ -783,6 +794,7 @@ class VarlenSchedule:
         min_query_len: int = 0,
         num_prefills: int | None = None,
         max_prefill_seq_len: int | None = None,
+        work: Work | None = None,
         mm_prefix_range: torch.Tensor | None = None,
         mm_prefix_in_window: bool = False,
         prefix_lens: torch.Tensor | None = None,
@@ -802,6 +814,9 @@ class VarlenSchedule:
                 is less than there are, rows may stay unwritten.
             max_prefill_seq_len: none of these is longer, context included (host);
                 decides whether tiles are smaller instead. None: not known, as above.
+            work: of the batch (host), if layers have nothing that keeps prefills from
+                Hopper's kernels; decides which multiprocessors prefills get, and which
+                decodes, at the same time. None: all, as when it is not known.
             mm_prefix_range: as for this batch's calls of `varlen_attention`.
             mm_prefix_in_window: likewise.
             prefix_lens: likewise.
@@ -841,6 +856,7 @@ class VarlenSchedule:
         plan = self.plan_for(max_query_len)
         decode_query_len = self.longest_decode
         num_items = 0
+        units = None
         if max_query_len > MAX_DECODE_QUERY_LEN:
             num_items = self.max_items(plan, num_tokens, num_seqs)
             size = (max_query_len, num_tokens, num_prefills)
@@ -851,9 +867,19 @@ class VarlenSchedule:
                 num_items = self.max_items(plan, num_tokens, num_prefills or num_seqs)
             elif few is not None and few.split is not None:
                 plan, num_items = few, few.split.max_items
+            if work is not None:
+                tiles = self.max_items(plan, num_tokens, num_prefills or num_seqs)
+                tiles = tiles * plan.head_tiles
+                units = prefill_units(work, tiles, plan, self.shape, self.target)
         else:
             decode_query_len = ANY_QUERY_LEN
         self.choice = self.choices.setdefault((plan, sight), len(self.choices))
+        self.prefill_grid = self.decode_grid = None
+        num_units, num_workers = self.target.num_units, self.num_workers
+        if units is not None:
+            num_workers = max(1, num_workers * (num_units - units) // num_units)
+            num_units = units
+            self.prefill_grid, self.decode_grid = (num_units, 1), (num_workers, 1)
         launch = self.launches.get(self.choice)
         if launch is None:
             launch = self.launches[self.choice] = self.plan_launch(plan, sight)
@@ -867,7 +893,7 @@ class VarlenSchedule:
             self.splits,
             mm_prefix_range,
             prefix_lens,
-            varying=(num_seqs, decode_query_len),
+            varying=(num_seqs, decode_query_len, num_workers, num_units),
         )
         self.plan = plan
         rows = self.num_workers * plan.segment_rows
@@ -902,7 +928,6 @@ class VarlenSchedule:
                 PREFILL_BLOCK_M=plan.prefill_rows,
                 HEAD_TILES=plan.head_tiles,
                 SPLIT_KEYS=plan.split.keys if plan.split else None,
-                NUM_UNITS=self.target.num_units,
                 **sight.constants(),
                 BLOCK=min(
                     triton.next_power_of_2(self.max_num_seqs), MAX_SEQUENCES_AT_ONCE

@@ -28,7 +28,7 @@ from .combine import combine_kernel
 from .decode import decode_kernel
 from .fp8 import FP8_DTYPES, storage_view, triton_fp8
 from .hopper_prefill import HopperLaunch, HopperOptions
-from .launch import Described, Launch, describe_pages
+from .launch import Described, Launch, dependent_options, describe_pages
 from .plan import AttentionPlan, Config, Shape
 from .prefill import prefill_kernel
 from .rotation import block_size, rotate, split_norm
@@ -224,10 +224,12 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
     if reads_pairs(specs["query"], specs["value_cache"], options.odd_values):
         pairs = plan.unpacking
     kernel = decode_kernel
+    behind_prefills = dependent_options(plan.overlaps)
     special = layout | dict(
         LEAN=pairs is not None
         and suits_lean_decode(options, specs["key_cache"], specs["value_cache"]),
         SAME_STRIDES=strides[0] == strides[1],
+        **behind_prefills,
     )
     if plan.segment is not None:
         kernel = segment_decode_kernel
@@ -294,6 +296,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
                 scale=options.scale,
                 causal=options.causal,
                 sliding_window=sight.sliding_window,
+                overlaps=plan.overlaps,
             )
         if lse is None or lse.strides[0] == shape.num_query_heads:
             module = hopper_fp8_prefill if plan.hopper == "fp8" else hopper_prefill
@@ -323,6 +326,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
                 PARTS=COMBINED_ELEMENTS // (COMBINED_ROWS * shape.head_padded),
                 num_warps=4,
                 **{name: variant[name] for name in COMBINED_CONSTANTS},
+                **behind_prefills,
             ),
         )
     prefill = plan_prefill(plan.prefill)
@@ -353,6 +357,7 @@ class HopperAttention:
         output: torch.Tensor,
         output_lse: torch.Tensor | None,
         varying: tuple[int, ...] = (),
+        grid: tuple[int, int] | None = None,
     ) -> bool:
         """Launches, unless TMA cannot read queries at this address: then False."""
         address = query.data_ptr()
@@ -361,7 +366,7 @@ class HopperAttention:
         queries = self.queries.get((address, query.numel()))
         if queries is None:
             queries = self.describe_queries(query)
-        self.launch(output, output_lse, varying=varying, described=queries)
+        self.launch(output, output_lse, varying=varying, described=queries, grid=grid)
         return True
 
     def describe_queries(self, query: torch.Tensor) -> Described:
@@ -460,20 +465,21 @@ class PreparedAttention:
     ) -> None:
         """Attends; arguments as for `varlen_attention`, an output in fp8 as bytes."""
         schedule = self.schedule
-        if schedule.has_decodes and not (
-            self.hopper_decode and self.hopper_decode(query, output, output_lse)
-        ):
-            self.decode(output, output_lse, query)
         num_items = schedule.num_items
-        if num_items == 0:
-            return
-        if not (
+        tensors = (query, output, output_lse)
+        if num_items and not (
             self.hopper_prefill
-            and self.hopper_prefill(query, output, output_lse, (num_items,))
+            and self.hopper_prefill(*tensors, (num_items,), schedule.prefill_grid)
         ):
             grid = (num_items * self.item_programs, 1)
             self.prefill(output, output_lse, query, grid=grid)
-        if self.combine is not None:
+        # Behind prefills, as it may begin before they end: see `overlap`.
+        decode_grid = schedule.decode_grid
+        if schedule.has_decodes and not (
+            self.hopper_decode and self.hopper_decode(*tensors, grid=decode_grid)
+        ):
+            self.decode(output, output_lse, query, grid=decode_grid)
+        if num_items and self.combine is not None:
             self.combine(output, output_lse)
 
 

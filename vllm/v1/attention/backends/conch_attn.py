@@ -21,6 +21,7 @@ from vllm.attention.ops.conch import (
     varlen_attention,
 )
 from vllm.attention.ops.conch.hopper_prefill import DTYPES as HOPPER_DTYPES
+from vllm.attention.ops.conch.overlap import count_work
 from vllm.attention.ops.conch.plan import (
     INT4_HEAD_MULTIPLE,
     KV_INT4_DTYPE,
@@ -311,6 +312,7 @@ class ConchAttentionMetadata(ConchMetadataBase):
     share: conch_dcp.Share | None = None  # where ranks share the keys
     query_lens: torch.Tensor | None = None  # [num_reqs] (host), if it may decide
     seq_len_bounds: torch.Tensor | None = None  # [num_reqs] (host), likewise
+    may_overlap: bool = False  # decodes may run beside prefills
     # What all layers with one schedule have in common, see `step_kind`.
     kinds: dict[ScheduleKey, tuple] = field(default_factory=dict)
 
@@ -356,7 +358,7 @@ class ConchAttentionMetadata(ConchMetadataBase):
             if share.is_empty:
                 return
         for key, schedule in self.schedules.items():
-            known: dict[str, int] = {}
+            known: dict[str, Any] = {}
             if (lens := self.query_lens) is not None:
                 known["min_query_len"] = int(lens.min())
                 is_prefill = lens > schedule.longest_decode
@@ -364,6 +366,13 @@ class ConchAttentionMetadata(ConchMetadataBase):
                 if known["num_prefills"] and self.seq_len_bounds is not None:
                     longest = int(self.seq_len_bounds[is_prefill].max())
                     known["max_prefill_seq_len"] = longest
+                    if self.may_overlap:
+                        known["work"] = count_work(
+                            lens.numpy(),
+                            self.seq_len_bounds.numpy(),
+                            schedule.longest_decode,
+                            key.sliding_window,
+                        )
             schedule.update(
                 self.query_start_loc,
                 seq_lens,
@@ -399,10 +408,12 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         self.encoder_pages: BatchPages | None = None
         self.shares: conch_dcp.Shares | None = None
         self.prefix_lens: torch.Tensor | None = None
+        self.may_overlap = True
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:
             for impl in conch_impls(layers[name]):
                 impl.see_layer(layers[name], kv_cache_spec)
+                self.may_overlap &= impl.may_overlap
                 if impl.schedule_key not in self.schedules:
                     schedule = impl.make_schedule(kv_cache_spec.block_size, device)
                     self.schedules[impl.schedule_key] = schedule
@@ -469,6 +480,8 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             share=share,
             query_lens=query_lens,
             seq_len_bounds=self.seq_len_bounds(common, query_lens),
+            may_overlap=self.may_overlap
+            and not isinstance(common.causal, torch.Tensor),
         )
         metadata.update_schedules()
         return metadata
@@ -727,6 +740,19 @@ class ConchAttentionImpl(ConchImplBase):
         )
         device = this_device(torch.accelerator.current_device_index())
         return fp8 is not None and hopper_kernel(shape, device) == "fp8"
+
+    @property
+    def may_overlap(self) -> bool:
+        """Whether the layer has nothing that keeps it from Hopper's prefill kernels,
+        beside which decodes could run."""
+        pass_config = self.vllm_config.compilation_config.pass_config
+        return (
+            self.alibi_slopes is None
+            and self.schedule_key.chunk_lookback < 0
+            and not self.schedule_key.sees_prompt
+            and not self.sees_images
+            and not pass_config.fuse_attn_quant
+        )
 
     @property
     def query_dtype(self) -> torch.dtype:
