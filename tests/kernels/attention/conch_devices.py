@@ -8,7 +8,7 @@ KIB = 1024
 DEVICES = {
     "A100": Device("cuda", 80, 108, 163 * KIB),
     "L40S": Device("cuda", 89, 142, 99 * KIB),
-    "H200": Device("cuda", 90, 132, 227 * KIB),
+    "H200": Device("cuda", 90, 132, 227 * KIB, bandwidth=4.917e12),
     "B200": Device("cuda", 100, 148, 227 * KIB),
     "RTX 5090": Device("cuda", 120, 170, 99 * KIB),
     "MI250X": Device("hip", "gfx90a", 104, 64 * KIB),

@@ -10,6 +10,7 @@ capture, and only the buffers' contents are new.
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,7 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     update,
 )
 from tests.kernels.attention.conch_reference import SENTINEL
+from vllm.attention.ops.conch.overlap import count_work
 
 SHAPE = {"num_query_heads": 4, "num_kv_heads": 1, "head_size": 16, "block_size": 16}
 if ON_GPU:
@@ -227,6 +229,8 @@ def test_nothing_compiles_while_serving(monkeypatch):
         if is_known:
             known = {"num_prefills": len(prefills)}
             known["max_prefill_seq_len"] = max(prefills, default=0)
+            array = np.array(lengths)
+            known["work"] = count_work(*array.T, schedule.longest_decode, None)
         update(schedule, step, **known)
         call(step, output[:num_tokens], schedule=schedule)
 

@@ -24,6 +24,8 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     use_hopper,
 )
 from tests.kernels.attention.conch_reference import LAYOUTS
+from vllm.attention.ops.conch import schedule as schedule_module
+from vllm.attention.ops.conch.overlap import Work
 
 HALF = HALF_DTYPES[-1]
 LONG = 5000 if ON_GPU else 80
@@ -152,6 +154,7 @@ def hopper_units(
     st.booleans(),
     st.sampled_from([1, 3, 7]),
     st.booleans(),
+    st.sampled_from([None, 1, 2, 20]),
     st.integers(0, 2**16),
 )
 def test_random_batches_on_hopper(
@@ -165,6 +168,7 @@ def test_random_batches_on_hopper(
     has_sinks,
     num_workers,
     is_known,
+    share,
     seed,
 ):
     """In fp16, in which the interpreter runs what other kernels have to do."""
@@ -189,7 +193,12 @@ def test_random_batches_on_hopper(
     if is_known:  # to the host: few tiles are split, or small
         prefills = sum(query_len > schedule.longest_decode for query_len, _ in lengths)
         known = {"num_prefills": prefills, "max_prefill_seq_len": longest}
-    check(batch, update(schedule, batch, **known), truncated_sums=longest // 16)
+        known["work"] = Work(1, 1, 1, 1)
+    units = share and min(share, schedule.target.num_units - 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule_module, "prefill_units", lambda *_: units)
+        update(schedule, batch, **known)
+    check(batch, schedule, truncated_sums=longest // 16)
 
 
 @st.composite

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.v1.attention.conch_release import (
@@ -32,6 +33,7 @@ from tests.v1.attention.conch_backend_harness import (
     needs_rswa,
 )
 from vllm.attention.ops.conch import hopper_prefill
+from vllm.attention.ops.conch.overlap import count_work
 from vllm.attention.ops.conch.plan import Device
 from vllm.config import CUDAGraphMode
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
@@ -245,9 +247,53 @@ def test_what_schedules_know_of_a_batch(
         "num_prefills": 2,
         "max_prefill_seq_len": longest if has_bounds else max(seq_lens),
     }
+    known["work"] = None
+    if has_bounds:  # else of all sequences only the longest
+        known["work"] = count_work(
+            *np.array([(q, q + context) for q, context in BATCHES[batch]]).T,
+            schedule.longest_decode,
+            None,
+        )
     if longest is None:
         known = dict.fromkeys(known)
     assert {name: given.get(name) for name in known} == known
+
+
+@pytest.mark.parametrize(
+    "layer, may_overlap",
+    [
+        ({}, True),
+        ({"sliding_window": 40}, True),
+        ({"logits_soft_cap": 30.0}, True),
+        ({"alibi_slopes": [0.5] * NUM_HEADS}, False),
+        ({"sliding_window": 40, "chunk_lookback": 1}, False),
+    ],
+    ids=str,
+)
+def test_what_keeps_layers_from_hoppers_prefill(
+    layer: dict[str, Any], may_overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside another, decodes would have a part of the device for nothing."""
+    bounds = torch.tensor([sum(lengths) for lengths in BATCHES["mixed"]])
+    monkeypatch.setattr(conch_attn, "host_seq_lens", lambda common: bounds)
+    engine = Engine([{}, layer])
+    common = engine.fill(BATCHES["mixed"])
+    assert engine.builder.build(0, common).may_overlap == may_overlap
+    causal = torch.ones(len(BATCHES["mixed"]), dtype=torch.bool, device=DEVICE)
+    common = engine.fill(BATCHES["mixed"], causal=causal)
+    assert not engine.builder.build(0, common).may_overlap
+
+
+@pytest.mark.parametrize("what", ["images", "quantized"])
+def test_models_that_are_kept_from_hoppers_prefill(what: str) -> None:
+    engine = Engine()
+    (layer,) = engine.layers
+    assert layer.impl.may_overlap
+    if what == "images":
+        engine.config.model_config.is_mm_prefix_lm = True
+    else:
+        engine.config.compilation_config.pass_config.fuse_attn_quant = True
+    assert not layer.impl.may_overlap
 
 
 @needs_diffusion

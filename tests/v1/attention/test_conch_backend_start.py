@@ -120,6 +120,23 @@ def test_warm_up_launches_what_hopper_needs(monkeypatch: pytest.MonkeyPatch) -> 
     assert launched <= warm
 
 
+@pytest.mark.parametrize("num_units", [12, 200])
+def test_warm_up_launches_decodes_beside_prefills(
+    num_units: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where so many multiprocessors are that all prefills are split."""
+    use_hopper(monkeypatch, num_units=num_units)
+    monkeypatch.setattr(conch_backend_harness, "HEAD_SIZE", 64)
+    monkeypatch.setattr(schedule_module, "SHORT_SEQ_LEN", 40)
+    engine = Engine(dtype=torch.float16)
+    launched = record_variants(monkeypatch)
+    engine.layers[0].impl.run_dummy_batches(engine.layers[0])
+    warm = launched.copy()
+    for lengths in [(1, 50)], [(1, 50), (20, 0)], [(20, 200), (2, 7)]:
+        engine.step(lengths)
+    assert launched <= warm
+
+
 @gpu_only
 @pytest.mark.parametrize("layout", KV_LAYOUTS)
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])

@@ -868,8 +868,8 @@ class VarlenSchedule:
             elif few is not None and few.split is not None:
                 plan, num_items = few, few.split.max_items
             if work is not None:
-                tiles = self.max_items(plan, num_tokens, num_prefills or num_seqs)
-                tiles = tiles * plan.head_tiles
+                most = (work.prefill_tokens, num_prefills or num_seqs)
+                tiles = plan.head_tiles * self.max_items(plan, *most)
                 units = prefill_units(work, tiles, plan, self.shape, self.target)
         else:
             decode_query_len = ANY_QUERY_LEN

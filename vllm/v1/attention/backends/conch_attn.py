@@ -481,7 +481,8 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             query_lens=query_lens,
             seq_len_bounds=self.seq_len_bounds(common, query_lens),
             may_overlap=self.may_overlap
-            and not isinstance(common.causal, torch.Tensor),
+            and isinstance(common.causal, bool)
+            and host_seq_lens(common) is not None,
         )
         metadata.update_schedules()
         return metadata
@@ -980,8 +981,9 @@ class ConchAttentionImpl(ConchImplBase):
         lengths = [(x, True, False) for x in self.warm_up_query_lens(schedule.device)]
         shortest_prefill = max(MAX_DECODE_QUERY_LEN, schedule.longest_decode) + 1
         lengths.append((shortest_prefill, True, True))
-        if (length := schedule.least_unsplit_len()) is not None:
-            lengths.append((length, False, False))
+        # Not alone: also what decodes beside prefills need.
+        length = schedule.least_unsplit_len() or shortest_prefill
+        lengths.append((length, False, False))
         for length, *options in product(
             lengths,
             self.causal_modes(schedule.device),
