@@ -52,6 +52,8 @@ class Resources(NamedTuple):
     instructions: int
     products: dict[str, int]
     """Matrix instructions, for example {"HMMA": 64}."""
+    launches: dict[str, int] = {}
+    """CUDA: PREEXIT lets a dependent launch begin, ACQBULK awaits the one before."""
 
 
 def compile_for(
@@ -137,6 +139,7 @@ def nvidia_resources(compiled: CompiledKernel) -> Resources:
         dict(Counter(n for n in names if n.startswith("STG"))),
         len(names),
         dict(Counter(re.findall(r"\b(\w*MMA)\b", " ".join(names)))),
+        dict(Counter(n for n in names if n in ("PREEXIT", "ACQBULK"))),
     )
 
 

@@ -99,6 +99,7 @@ DECODE_CASES = {
     "128_sinks_lse": DecodeCase(128, has_sinks=True, has_lse=True),
     "128_not_causal": DecodeCase(128, options={"causal": False}),
     "128_long_queries": DecodeCase(128, max_query_len=16),
+    "128_beside_prefills": DecodeCase(128, options={"overlaps": True}),
 }
 
 
@@ -232,3 +233,12 @@ def test_hoppers_units(name: str, compiled: dict[str, Resources]) -> None:
     assert found.products.keys() == {products}, found
     boxes = {load for load in found.loads if load.startswith("UTMALDG")}
     assert boxes == {"UTMALDG.3D", "UTMALDG.4D"}, found
+
+
+@pytest.mark.parametrize("name", ALL_CASES)
+def test_dependent_launches(name: str, compiled: dict[str, Resources]) -> None:
+    """Decodes beside prefills end after them; those alone wait for nothing."""
+    expected = {"PREEXIT": 1} if name in CASES else {}
+    if name == "decode_128_beside_prefills":
+        expected = {"ACQBULK": 1}
+    assert compiled[name].launches == expected
