@@ -27,7 +27,6 @@ from vllm.attention.ops.conch import (
     reshape_and_cache,
     varlen_attention,
 )
-from vllm.attention.ops.conch.overlap import count_work
 from vllm.attention.ops.conch.plan import Shape, hopper_kernel, this_device
 
 FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -234,9 +233,9 @@ class Conch(Provider):
             portable=self.portable,
         )
         query_lens = [query_len for query_len, _ in case.lengths]
-        work = count_work(
-            *np.array(case.lengths).T, schedule.longest_decode, case.window
-        )
+        work = None
+        if not case.softcap:  # as in the backend: its decodes have another kernel
+            work = schedule.count_work(*np.array(case.lengths).T)
         schedule.update(
             inputs.query_start_loc,
             inputs.seq_lens,

@@ -47,6 +47,8 @@ class Case:
     tokens: int = 3000  # of a batch; few: the keys of its prefills are split
     # Few tiles as Hopper's kernel has them, which does not take these options.
     small: bool = False
+    # As where Hopper's kernels are, which do not take these options.
+    behind_prefills: bool = False
     options: dict = field(default_factory=dict)
     targets: tuple[str, ...] | None = None  # None: all
 
@@ -94,6 +96,14 @@ CASES = {
         )
         for head_size in (64, 128, 256)
     },
+    # On Hopper, by the portable kernels all the same.
+    "128_behind_prefills": Case(
+        128,
+        tokens=20,
+        behind_prefills=True,
+        options={"alibi_slopes": torch.empty(4 * NUM_KV_HEADS, device="meta")},
+        targets=("sm90",),
+    ),
     "256": Case(256),
     "256_page": Case(256, block_size=128),
     "256_verify": Case(256, decode_query_len=5),
@@ -224,7 +234,7 @@ def record(case: Case, device) -> list[tuple]:
             sliding_window=case.options.get("sliding_window"),
             decode_query_len=case.decode_query_len,
             token_scales=case.token_scales,
-            portable=not case.small,
+            portable=not (case.small or case.behind_prefills),
             batch_invariant=case.batch_invariant,
         )
         lengths = integers(65), integers(64)
@@ -366,6 +376,23 @@ def test_tensor_memory_on_blackwell(compiled):
             continue
         if case.dtype == BF16 and case.head_size <= 256:
             assert "UTCHMMA" in found.products, (case_name, found)
+
+
+@pytest.mark.parametrize("name", ["sm80", "sm90", "sm100", "sm120"])
+def test_dependent_launches(name, compiled):
+    """Those behind prefills end after them; others wait for nothing."""
+    waiting = []
+    for kernel_name, found in compiled[name].items():
+        case_name, kernel = kernel_name.split()
+        case = CASES[case_name]
+        is_behind = kernel in ("decode_kernel", "combine_kernel")
+        if is_behind and (case.small or case.behind_prefills):
+            assert found.launches == {"ACQBULK": 1}, (kernel_name, found)
+            waiting.append(kernel)
+        else:
+            assert not found.launches, (kernel_name, found)
+    are_behind = {"decode_kernel", "combine_kernel"} if name == "sm90" else set()
+    assert set(waiting) == are_behind
 
 
 @pytest.mark.parametrize("name", ["sm80", "sm90", "sm100", "sm120"])

@@ -32,7 +32,6 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     update,
 )
 from tests.kernels.attention.conch_reference import SENTINEL
-from vllm.attention.ops.conch.overlap import count_work
 
 SHAPE = {"num_query_heads": 4, "num_kv_heads": 1, "head_size": 16, "block_size": 16}
 if ON_GPU:
@@ -229,8 +228,7 @@ def test_nothing_compiles_while_serving(monkeypatch):
         if is_known:
             known = {"num_prefills": len(prefills)}
             known["max_prefill_seq_len"] = max(prefills, default=0)
-            array = np.array(lengths)
-            known["work"] = count_work(*array.T, schedule.longest_decode, None)
+            known["work"] = schedule.count_work(*np.array(lengths).T)
         update(schedule, step, **known)
         call(step, output[:num_tokens], schedule=schedule)
 

@@ -194,7 +194,7 @@ def compile_case(case: Case | DecodeCase) -> Resources:
     if options.split:
         states = [tensor(1, dtype=torch.float32)] * 3
     tensors = (*descriptors, output, lse, sinks, work, block_table, *states, *scales)
-    arguments = (len(work), *tensors, *launch.arguments)
+    arguments = (len(work), 1, *tensors, *launch.arguments)
     compiled = compile_for(
         TARGETS["sm90"], launch.kernel, *arguments, **launch.constants
     )

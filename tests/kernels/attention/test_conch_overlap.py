@@ -56,6 +56,10 @@ def items(lengths: Sequence[tuple[int, int]], plan: AttentionPlan) -> int:
     return sum(rows) * plan.head_tiles
 
 
+def work_of(lengths: Sequence[tuple[int, int]], shape: Shape) -> Work:
+    return count_work(*np.array(lengths).T, 4, 64 / shape.group, None)
+
+
 @pytest.mark.parametrize(
     "lengths, heads, least, most",
     [
@@ -65,12 +69,14 @@ def items(lengths: Sequence[tuple[int, int]], plan: AttentionPlan) -> int:
         ([(512, 8192)] * 4 + [(1, 8192)] * 64, (32, 8), 76, 88),
         ([(2048, 2048)] + [(1, 4096)] * 16, (8, 1), 76, 104),
         ([(1024, 1024)] + [(4, 8192)] * 16, (32, 8), 48, 68),
+        # Tiles of 20 rows, of which 64 are computed: not measured.
+        ([(20, 8192)] * 32 + [(1, 4096)] * 64, (32, 8), 92, 112),
     ],
 )
 def test_shares_that_were_measured(lengths, heads, least, most, monkeypatch):
     shape = layer(*heads)
     plan = hopper_plan(monkeypatch, shape)
-    work = count_work(*np.array(lengths).T, 4, None)
+    work = work_of(lengths, shape)
     units = prefill_units(work, items(lengths, plan), plan, shape, H200)
     assert units is not None and least <= units <= most
 
@@ -87,7 +93,7 @@ def test_shares_of_split_prefills(lengths, least, most, monkeypatch):
     shape = layer()
     plan = hopper_plan(monkeypatch, shape, split_query_len=lengths[0][0])
     assert plan.split is not None
-    work = count_work(*np.array(lengths).T, 4, None)
+    work = work_of(lengths, shape)
     units = prefill_units(work, items(lengths, plan), plan, shape, H200)
     assert units is not None and least <= units <= most
 
@@ -106,7 +112,7 @@ def test_shares_of_split_prefills(lengths, least, most, monkeypatch):
 def test_batches_that_are_done_in_turn(lengths, monkeypatch):
     shape = layer()
     plan = hopper_plan(monkeypatch, shape)
-    work = count_work(*np.array(lengths).T, 4, None)
+    work = work_of(lengths, shape)
     num_items = max(items(lengths, plan), 1)
     assert prefill_units(work, num_items, plan, shape, H200) is None
 
@@ -135,9 +141,9 @@ def test_where_no_share_was_measured(shape, options, device, monkeypatch):
     assert prefill_units(MIXED, 512, plan, shape, device) is None
 
 
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 3, 4, 6, 8, 16, 32])
 def test_shares_leave_something_and_as_much_for_each_head(num_kv_heads, monkeypatch):
-    shape = layer(32, num_kv_heads)
+    shape = layer(4 * num_kv_heads, num_kv_heads)
     plan = hopper_plan(monkeypatch, shape)
     random = Random(0)
     found = 0
@@ -145,7 +151,7 @@ def test_shares_leave_something_and_as_much_for_each_head(num_kv_heads, monkeypa
         tokens, context = random.randint(20, 8192), random.randint(0, 65536)
         lengths = [(tokens, tokens + context)]
         lengths += [(1, random.randint(1, 20000))] * random.randint(1, 200)
-        work = count_work(*np.array(lengths).T, 4, None)
+        work = work_of(lengths, shape)
         num_items = items(lengths, plan)
         units = prefill_units(work, num_items, plan, shape, H200)
         if units is not None:
@@ -156,13 +162,15 @@ def test_shares_leave_something_and_as_much_for_each_head(num_kv_heads, monkeypa
 
 
 @pytest.mark.parametrize("window", [None, 1, 50, 1000])
-def test_work_is_counted(window):
+@pytest.mark.parametrize("group, block_m", [(4, 64), (32, 16)])
+def test_work_is_counted(group, block_m, window):
     random = Random(0)
     lengths = [(0, 0), (0, 7)]
     for _ in range(50):
         query_len = random.choice([1, 3, 4, 5, 40, 300])
         lengths.append((query_len, query_len + random.randint(0, 500)))
-    work = count_work(*np.array(lengths, dtype=np.int32).T, 4, window)
+    both = np.array(lengths, dtype=np.int32).T
+    work = count_work(*both, 4, block_m / group, window)
     tokens = pairs = decode_keys = most = 0
     for query_len, seq_len in lengths:
         seen = [
@@ -172,14 +180,22 @@ def test_work_is_counted(window):
         if query_len > 4:
             tokens += query_len
             pairs += sum(seen)
+            # Rows of a tile that are none see as much as the last.
+            pairs += -query_len % 64 * seen[-1]
             most = max(most, *seen)
         elif query_len:
-            decode_keys += seen[-1]
+            decode_keys += seen[-1] * -(-query_len * group // block_m)
     assert work.prefill_tokens == tokens
     assert work.prefill_keys == most
     assert work.decode_keys == decode_keys
     # With a window as if all queries saw as much: a bound.
     assert pairs <= work.prefill_pairs <= (1.3 if window else 1) * pairs
+
+
+def test_work_of_dummy_sequences():
+    """Of fewer tokens than queries."""
+    work = count_work(np.array([300, 1]), np.array([1, 0]), 4, 16, None)
+    assert work == (300, 320 * 300 - 300 * 299 // 2, 300, 0)
 
 
 # ------------------------------------------------------------------ kernels
@@ -273,6 +289,41 @@ def test_a_share_ends_with_its_batch(monkeypatch):
     assert programs == [rest, 2 * num_units(), rest]
 
 
+def test_long_decodes_depend_on_a_prefill(monkeypatch):
+    """Though there is none: what is launched behind it may begin before it ends."""
+    use_hopper(monkeypatch, num_units=8)
+    batch = make_batch(
+        [(17, 90)], dtype=torch.float16, head_size=128, sliding_window=60, padding=0
+    )
+    schedule = update(make_schedule(batch, decode_query_len=17), batch)
+    launched = record_grids(monkeypatch)
+    check(batch, schedule, truncated_sums=90 // 16)
+    assert [(name, may) for name, _, may in launched] == [
+        ("hopper_prefill_kernel", False),
+        ("hopper_decode_kernel", True),
+    ]
+
+
+@pytest.mark.parametrize("lengths, follows", [([(100, 300)], 0), (LENGTHS, 1)])
+def test_prefills_alone_let_nothing_begin(lengths, follows, monkeypatch):
+    """What follows them is not CONCH's."""
+    use_hopper(monkeypatch, num_units=2)
+    batch = make_batch(lengths, dtype=torch.float16, head_size=64, num_kv_heads=2)
+    known = {"min_query_len": min(query_len for query_len, _ in lengths)}
+    schedule = update(make_schedule(batch), batch, **known)
+    varying = []
+    call = BoundLaunch.__call__
+
+    def recorded(self, *args, **options):
+        if "prefill" in self.launch.kernel.fn.__name__:
+            varying.append(options["varying"])
+        return call(self, *args, **options)
+
+    monkeypatch.setattr(BoundLaunch, "__call__", recorded)
+    check(batch, schedule, truncated_sums=400 // 16)
+    assert varying == [(schedule.num_items, follows)]
+
+
 def test_decodes_alone_begin_when_the_launch_before_has_ended(monkeypatch):
     use_hopper(monkeypatch)
     batch = make_batch([(1, 90), (4, 60)], dtype=torch.float16, head_size=128)
@@ -296,14 +347,23 @@ def test_other_devices_have_no_shares(monkeypatch):
 
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("in_graph", [False, True])
-@pytest.mark.parametrize("tokens, units", [(4000, 4), (64, 16), (4000, None)])
-def test_what_follows_sees_all(tokens, units, in_graph, monkeypatch):
-    """A launch behind them waits for both, though it depends on decode's alone."""
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize(
+    "lengths, units",
+    [
+        ([(4000, 20000), (1, 100)], 4),
+        ([(64, 20000), (1, 100)], 16),
+        ([(4000, 20000), (1, 100)], None),
+        ([(64, 20000)], None),  # split, and no decodes
+    ],
+)
+def test_what_follows_sees_all(lengths, units, head_size, in_graph, monkeypatch):
+    """A launch behind them waits for both, though it depends on the last alone."""
     share(monkeypatch, units)
-    batch = make_batch(
-        [(tokens, 20000), (1, 100)], dtype=BF16, num_kv_heads=2, head_size=128
-    )
-    schedule = update(make_schedule(batch), batch, num_prefills=1, work=MIXED)
+    batch = make_batch(lengths, dtype=BF16, num_kv_heads=2, head_size=head_size)
+    known = {"min_query_len": min(query_len for query_len, _ in lengths)}
+    schedule = update(make_schedule(batch), batch, num_prefills=1, work=MIXED, **known)
+    assert schedule.has_decodes == (len(lengths) > 1)
     output = torch.empty_like(batch.query)
     copy = torch.empty_like(output)
 
@@ -313,6 +373,7 @@ def test_what_follows_sees_all(tokens, units, in_graph, monkeypatch):
         copy.copy_(output)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
         graph = torch.cuda.CUDAGraph()
@@ -324,6 +385,7 @@ def test_what_follows_sees_all(tokens, units, in_graph, monkeypatch):
             graph.replay() if in_graph else run()
             stream.synchronize()
             assert torch.equal(copy, output)
+    torch.cuda.current_stream().wait_stream(stream)
     share(monkeypatch, None)
     expected, _ = check(batch)
     torch.testing.assert_close(copy[: len(expected)], expected, atol=1e-2, rtol=0)

@@ -33,7 +33,6 @@ from tests.v1.attention.conch_backend_harness import (
     needs_rswa,
 )
 from vllm.attention.ops.conch import hopper_prefill
-from vllm.attention.ops.conch.overlap import count_work
 from vllm.attention.ops.conch.plan import Device
 from vllm.config import CUDAGraphMode
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
@@ -249,11 +248,8 @@ def test_what_schedules_know_of_a_batch(
     }
     known["work"] = None
     if has_bounds:  # else of all sequences only the longest
-        known["work"] = count_work(
-            *np.array([(q, q + context) for q, context in BATCHES[batch]]).T,
-            schedule.longest_decode,
-            None,
-        )
+        both = np.array([(q, q + context) for q, context in BATCHES[batch]])
+        known["work"] = schedule.count_work(*both.T)
     if longest is None:
         known = dict.fromkeys(known)
     assert {name: given.get(name) for name in known} == known
@@ -264,13 +260,13 @@ def test_what_schedules_know_of_a_batch(
     [
         ({}, True),
         ({"sliding_window": 40}, True),
-        ({"logits_soft_cap": 30.0}, True),
+        ({"logits_soft_cap": 30.0}, False),  # decodes have no kernel of Hopper's own
         ({"alibi_slopes": [0.5] * NUM_HEADS}, False),
         ({"sliding_window": 40, "chunk_lookback": 1}, False),
     ],
     ids=str,
 )
-def test_what_keeps_layers_from_hoppers_prefill(
+def test_what_keeps_layers_from_hoppers_kernels(
     layer: dict[str, Any], may_overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside another, decodes would have a part of the device for nothing."""
@@ -285,7 +281,7 @@ def test_what_keeps_layers_from_hoppers_prefill(
 
 
 @pytest.mark.parametrize("what", ["images", "quantized"])
-def test_models_that_are_kept_from_hoppers_prefill(what: str) -> None:
+def test_models_that_are_kept_from_hoppers_kernels(what: str) -> None:
     engine = Engine()
     (layer,) = engine.layers
     assert layer.impl.may_overlap

@@ -771,6 +771,7 @@ def load_scale(pointer):
 @gluon.jit(
     do_not_specialize=[
         "max_items",
+        "is_followed",
         "block_table",  # microbatches slice it anywhere
         "long_seq",
         "block_table_stride",
@@ -779,6 +780,7 @@ def load_scale(pointer):
 )
 def hopper_fp8_prefill_kernel(
     max_items,
+    is_followed,  # 1: by a dependent launch, which may begin already; see `overlap`
     q_desc,  # [num_tokens, num_query_heads, HEAD_SIZE], box [64 / PACK, PACK, PANEL]
     k_desc,  # [num_blocks, PAGE, num_kv_heads, HEAD_SIZE], box [1, BOX, 1, PANEL]
     v_desc,  # like k_desc
@@ -832,7 +834,8 @@ def hopper_fp8_prefill_kernel(
         block_table, block_table_stride, scale_log2, cap_scale, window,
     )  # fmt: skip
     states = (acc_states, max_states, sum_states)
-    begin_next_launch()
+    if is_followed > 0:
+        begin_next_launch()
     rings = make_rings(cfg, k_desc.dtype)
     if CONSUMERS == 2:
         gl.warp_specialize(

@@ -263,8 +263,8 @@ class HopperOptions(NamedTuple):
 class HopperLaunch(NamedTuple):
     """A launch, and the boxes in which it reads queries and pages through TMA.
 
-    What varies: the number of work items, in prefill. Descriptors: of query, keys and
-    values.
+    What varies, in prefill: the number of work items, and whether a dependent launch
+    follows. Descriptors: of query, keys and values.
     """
 
     launch: Launch
@@ -430,7 +430,7 @@ def hopper_prefill(
         work,
         block_table,
         *(None, None, None),  # states: keys are not split
-        varying=(work.shape[0],),
+        varying=(work.shape[0], 0),
         described=Described(
             describe_tensor(query, hopper.query_box),
             describe_pages(key_cache, hopper.page_box),

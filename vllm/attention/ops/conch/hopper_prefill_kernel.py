@@ -603,6 +603,7 @@ def consumer(cfg, batch, rings, lse, sinks, states, CONSUMER: gl.constexpr):
 @gluon.jit(
     do_not_specialize=[
         "max_items",
+        "is_followed",
         "block_table",  # microbatches slice it anywhere
         "long_seq",
         "block_table_stride",
@@ -611,6 +612,7 @@ def consumer(cfg, batch, rings, lse, sinks, states, CONSUMER: gl.constexpr):
 )
 def hopper_prefill_kernel(
     max_items,
+    is_followed,  # 1: by a dependent launch, which may begin already; see `overlap`
     q_desc,  # [num_tokens, num_query_heads, HEAD_SIZE], box [64 / PACK, PACK, 64]
     k_desc,  # [num_blocks, PAGE, num_kv_heads, HEAD_SIZE], box [1, BOX, 1, 64]
     v_desc,  # like k_desc
@@ -662,7 +664,8 @@ def hopper_prefill_kernel(
         block_table, block_table_stride, scale_log2, cap_scale, window,
     )  # fmt: skip
     states = (acc_states, max_states, sum_states)
-    begin_next_launch()
+    if is_followed > 0:
+        begin_next_launch()
     rings = make_rings(cfg, k_desc.dtype)
     # Three warpgroups share 504 registers a thread lane, four 512.
     CONSUMER_REGISTERS: gl.constexpr = 232 if cfg.PADDED == 64 else 240

@@ -152,8 +152,9 @@ class Variant:
 def dependent_options(overlaps: bool) -> dict[str, bool]:
     """Constant and option of a launch that may begin before the one before it ends.
 
-    Its kernel must wait for that, by PTX's griddepcontrol.wait, before it ends itself:
-    what follows waits for this kernel alone. Only for CUDA, from Hopper on.
+    What its kernel reads must be complete when the one before begins, but for what it
+    reads behind PTX's griddepcontrol.wait. All of its programs must wait so before they
+    end, as what follows waits for this kernel alone. Only for CUDA, from Hopper on.
     """
     if not overlaps:
         return dict(OVERLAPS=False)

@@ -13,7 +13,8 @@ Both at once, in one kernel, is the idea of POD-Attention (Kamath et al. 2025,
 https://arxiv.org/abs/2410.18038).
 
 How many multiprocessors prefills need is estimated on the host, from lengths: an
-estimate that is off costs time, never a result.
+estimate that is off costs time. Like all else that says how keys are split, it decides
+the order of sums.
 """
 
 import math
@@ -49,42 +50,49 @@ LARGEST_SHARE = 0.98
 ABOUT_THE_BEST = 1.02
 # Multiprocessors that one may have more or less.
 LEAST_STEP = 4
+# Rows of a tile that are computed though fewer are queries.
+LEAST_ROWS = 64
 
 
 class Work(NamedTuple):
     """What there is to do for each head of a batch, as far as the host knows."""
 
     prefill_tokens: int
-    prefill_pairs: int  # of a query and a key that it sees, about
+    prefill_pairs: int  # of a query, or a row without one, and a key that it sees
     prefill_keys: int  # that the query seeing most sees
-    decode_keys: int  # that are read
+    decode_keys: int  # that are read, by each tile of query rows anew
 
 
 def count_work(
     query_lens: np.ndarray,
     seq_lens: np.ndarray,
     longest_decode: int,
+    tile_tokens: float,
     window: int | None,
 ) -> Work:
-    """Counts the work of a batch.
+    """Counts the work of a batch, as if it were causal.
 
     Args:
         query_lens: [num_seqs] new tokens.
         seq_lens: [num_seqs] all tokens, or a bound.
         longest_decode: new tokens up to which a sequence is a decode.
+        tile_tokens: new tokens that a tile of a decode's rows holds, or a part of one.
         window: keys that a query sees; None: all.
     """
     window = WIDEST_WINDOW if window is None else window
     is_prefill = query_lens > longest_decode
     queries = query_lens[is_prefill].astype(np.int64)
-    ends = seq_lens[is_prefill]
-    pairs = queries * ends - queries * (queries - 1) // 2  # if causal
-    decodes = seq_lens[(query_lens > 0) & ~is_prefill]
+    ends = np.maximum(seq_lens[is_prefill], queries)
+    rows = queries + -queries % LEAST_ROWS
+    pairs = rows * ends - queries * (queries - 1) // 2
+    is_decode = (query_lens > 0) & ~is_prefill
+    tiles = np.ceil(query_lens[is_decode] / tile_tokens)
+    decode_keys = np.minimum(seq_lens[is_decode], window) * tiles
     return Work(
         int(queries.sum()),
-        int(np.minimum(pairs, queries * window).sum()),
+        int(np.minimum(pairs, rows * window).sum()),
         int(np.minimum(ends, window).max(initial=0)),
-        int(np.minimum(decodes, window).sum()),
+        int(decode_keys.sum()),
     )
 
 
@@ -96,15 +104,17 @@ class Prefills(NamedTuple):
     longest: float
     are_split: bool  # over as many multiprocessors as there are
 
-    def seconds(self, num_units: int) -> float:
-        """How long they take on so many multiprocessors."""
-        if self.num_items <= num_units:
-            parts = num_units // self.num_items if self.are_split else 1
-            return self.longest / parts
+    def seconds(self, num_units: np.ndarray) -> np.ndarray:
+        """How long they take on so many multiprocessors, for each number of these."""
         rounds = self.num_items / num_units
         if self.longest <= EQUAL_ITEMS * self.mean:
-            rounds = math.ceil(rounds)
-        return max(rounds * self.mean, self.longest)
+            rounds = np.ceil(rounds)
+        parts = np.maximum(num_units // self.num_items, 1) if self.are_split else 1
+        return np.where(
+            num_units < self.num_items,
+            np.maximum(rounds * self.mean, self.longest),
+            self.longest / parts,
+        )
 
 
 def prefill_units(
@@ -139,23 +149,17 @@ def prefill_units(
         plan.split is not None,
     )
     num_bytes = 2 * work.decode_keys * shape.num_kv_heads * shape.row_bytes
-
-    def decode_seconds(rate: float) -> float:
-        return num_bytes / rate + DECODE_SECONDS
-
-    in_turn = prefills.seconds(device.num_units)
-    in_turn += decode_seconds(BANDWIDTH_ALONE * device.bandwidth)
+    step = LEAST_STEP
+    if plan.abreast_tiles:  # as many decode workers for each head
+        step = math.lcm(step, shape.num_kv_heads // math.gcd(shape.num_kv_heads, 2))
+    decode_units = np.arange(step, device.num_units, step)
+    units = device.num_units - decode_units
     most = BANDWIDTH_BESIDE * device.bandwidth
-    # As many decode workers for each of the heads that go abreast.
-    step = max(LEAST_STEP, shape.num_kv_heads // 2 if plan.abreast_tiles else 1)
-    beside = {
-        device.num_units - units: max(
-            prefills.seconds(device.num_units - units),
-            decode_seconds(min(most, units * DECODE_RATE)),
-        )
-        for units in range(step, device.num_units, step)
-    }
-    best = min(beside.values())
+    reading = num_bytes / np.minimum(most, decode_units * DECODE_RATE)
+    beside = np.maximum(prefills.seconds(units), reading + DECODE_SECONDS)
+    in_turn = prefills.seconds(np.array([device.num_units]))[0] + DECODE_SECONDS
+    in_turn += num_bytes / (BANDWIDTH_ALONE * device.bandwidth)
+    best = beside.min(initial=math.inf)
     if best > LARGEST_SHARE * in_turn:
         return None
-    return max(u for u, seconds in beside.items() if seconds <= ABOUT_THE_BEST * best)
+    return int(units[beside <= ABOUT_THE_BEST * best].max())

@@ -196,7 +196,7 @@ class AttentionPlan:
     segment_rows: int
     split: Split | None  # None: all keys of a tile of prefill rows in one
     small: bool  # prefill items are of half as many rows as usual
-    overlaps: bool  # decodes run beside prefills, see `overlap`
+    overlaps: bool  # launches behind that of prefills depend on it, see `overlap`
 
 
 @cache

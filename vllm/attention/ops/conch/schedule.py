@@ -9,6 +9,7 @@ lengths: grids and buffers have fixed sizes, only the lists' contents change.
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from vllm.triton_utils import tl, triton
@@ -18,7 +19,7 @@ from .combine import ITEM_FIELDS
 from .decode import SEQUENCE_FIELDS, WORKER_FIELDS, decode_key_tiles, decode_rows
 from .launch import Launch
 from .limits import WIDEST_WINDOW, first_seen_key
-from .overlap import Work, prefill_units
+from .overlap import Work, count_work, prefill_units
 from .plan import (
     KV_INTEGER_DTYPES,
     MAX_DECODE_QUERY_LEN,
@@ -595,7 +596,7 @@ class VarlenSchedule:
         self.workers = integers(self.num_workers, WORKER_FIELDS.value)
         self.sequences = integers(max_num_seqs, SEQUENCE_FIELDS.value)
         self.arrivals = integers(self.num_workers, 1)
-        num_items = self.max_items(plan, max_num_tokens, max_num_seqs)
+        num_items = max(1, self.max_items(plan, max_num_tokens, max_num_seqs))
         if self.plan_for(MAX_DECODE_QUERY_LEN + 1, small=True).small:
             # Two for each of as many as `small_plan` takes at most.
             most = self.target.num_units // plan.head_tiles
@@ -750,6 +751,22 @@ class VarlenSchedule:
         is_short = num_keys <= max(keys_per_query * max_query_len, SHORT_SEQ_LEN)
         return small if is_short else None
 
+    def count_work(self, query_lens: np.ndarray, seq_lens: np.ndarray) -> Work:
+        """What there is to do in a batch, for `update`.
+
+        Args:
+            query_lens: [num_seqs] new tokens (host).
+            seq_lens: [num_seqs] all tokens, or a bound (host).
+        """
+        block_m = self.plan_for(MAX_DECODE_QUERY_LEN + 1).decode.block_m
+        return count_work(
+            query_lens,
+            seq_lens,
+            self.longest_decode,
+            block_m / self.shape.group,
+            self.sight.sliding_window,
+        )
+
     def least_unsplit_len(self) -> int | None:
         """Tokens from which a prefill, perhaps among others, is not split."""
         for length in range(MAX_DECODE_QUERY_LEN + 1, self.max_num_tokens + 1):
@@ -814,9 +831,9 @@ class VarlenSchedule:
                 is less than there are, rows may stay unwritten.
             max_prefill_seq_len: none of these is longer, context included (host);
                 decides whether tiles are smaller instead. None: not known, as above.
-            work: of the batch (host), if layers have nothing that keeps prefills from
-                Hopper's kernels; decides which multiprocessors prefills get, and which
-                decodes, at the same time. None: all, as when it is not known.
+            work: as `count_work` says of the batch, if layers have nothing that keeps
+                prefills or decodes from Hopper's kernels; decides which multiprocessors
+                prefills get, and which decodes, at the same time. None: not known.
             mm_prefix_range: as for this batch's calls of `varlen_attention`.
             mm_prefix_in_window: likewise.
             prefix_lens: likewise.
@@ -858,7 +875,8 @@ class VarlenSchedule:
         num_items = 0
         units = None
         if max_query_len > MAX_DECODE_QUERY_LEN:
-            num_items = self.max_items(plan, num_tokens, num_seqs)
+            # One at least: what is launched behind prefills depends on them.
+            num_items = max(1, self.max_items(plan, num_tokens, num_seqs))
             size = (max_query_len, num_tokens, num_prefills)
             small = self.small_plan(*size, max_prefill_seq_len)
             few = self.split_plan(*size) if small is None else None

@@ -467,9 +467,12 @@ class PreparedAttention:
         schedule = self.schedule
         num_items = schedule.num_items
         tensors = (query, output, output_lse)
+        is_followed = int(schedule.has_decodes or self.combine is not None)
         if num_items and not (
             self.hopper_prefill
-            and self.hopper_prefill(*tensors, (num_items,), schedule.prefill_grid)
+            and self.hopper_prefill(
+                *tensors, (num_items, is_followed), schedule.prefill_grid
+            )
         ):
             grid = (num_items * self.item_programs, 1)
             self.prefill(output, output_lse, query, grid=grid)

@@ -21,7 +21,6 @@ from vllm.attention.ops.conch import (
     varlen_attention,
 )
 from vllm.attention.ops.conch.hopper_prefill import DTYPES as HOPPER_DTYPES
-from vllm.attention.ops.conch.overlap import count_work
 from vllm.attention.ops.conch.plan import (
     INT4_HEAD_MULTIPLE,
     KV_INT4_DTYPE,
@@ -367,12 +366,8 @@ class ConchAttentionMetadata(ConchMetadataBase):
                     longest = int(self.seq_len_bounds[is_prefill].max())
                     known["max_prefill_seq_len"] = longest
                     if self.may_overlap:
-                        known["work"] = count_work(
-                            lens.numpy(),
-                            self.seq_len_bounds.numpy(),
-                            schedule.longest_decode,
-                            key.sliding_window,
-                        )
+                        bounds = self.seq_len_bounds.numpy()
+                        known["work"] = schedule.count_work(lens.numpy(), bounds)
             schedule.update(
                 self.query_start_loc,
                 seq_lens,
@@ -744,11 +739,12 @@ class ConchAttentionImpl(ConchImplBase):
 
     @property
     def may_overlap(self) -> bool:
-        """Whether the layer has nothing that keeps it from Hopper's prefill kernels,
-        beside which decodes could run."""
+        """Whether the layer has nothing that keeps it from Hopper's own kernels, the
+        one for prefills and that for decodes which could run beside it."""
         pass_config = self.vllm_config.compilation_config.pass_config
         return (
             self.alibi_slopes is None
+            and not self.softcap
             and self.schedule_key.chunk_lookback < 0
             and not self.schedule_key.sees_prompt
             and not self.sees_images
