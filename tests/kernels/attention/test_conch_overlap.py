@@ -306,9 +306,15 @@ def test_long_decodes_depend_on_a_prefill(monkeypatch):
 
 @pytest.mark.parametrize("lengths, follows", [([(100, 300)], 0), (LENGTHS, 1)])
 def test_prefills_alone_let_nothing_begin(lengths, follows, monkeypatch):
-    """What follows them is not CONCH's."""
-    use_hopper(monkeypatch, num_units=2)
-    batch = make_batch(lengths, dtype=torch.float16, head_size=64, num_kv_heads=2)
+    """What follows them is not CONCH's. With a window no parts are combined."""
+    use_hopper(monkeypatch, num_units=num_units())
+    batch = make_batch(
+        lengths,
+        dtype=torch.float16,
+        head_size=64,
+        num_kv_heads=2,
+        sliding_window=500,
+    )
     known = {"min_query_len": min(query_len for query_len, _ in lengths)}
     schedule = update(make_schedule(batch), batch, **known)
     varying = []
