@@ -33,6 +33,8 @@ from tests.v1.e2e.general.conch_engine import (
     random_prompts,
     save,
 )
+from vllm.attention.ops.conch import schedule as schedule_module
+from vllm.attention.ops.conch.overlap import Work
 from vllm.v1.attention.backends import conch_attn
 from vllm.v1.worker import cpu_model_runner
 
@@ -118,9 +120,19 @@ def test_chunked_prefill_and_prefix_caching(
 def test_kernels_for_hopper(
     tmp_path: Path, steps: Steps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Heads of 128 in 16 bits, which Hopper's own kernels take, decodes too."""
+    """Heads of 128 in 16 bits, which Hopper's own kernels take, decodes too.
+
+    Prefills have one multiprocessor where decodes are beside them, decodes the others.
+    """
     use_hopper(monkeypatch)
     launched = record_launches(monkeypatch)
+    shares = []
+
+    def share(work: Work, *_: Any) -> int | None:
+        shares.append(1 if work.decode_keys else None)
+        return shares[-1]
+
+    monkeypatch.setattr(schedule_module, "prefill_units", share)
     model = save(LlamaForCausalLM, LlamaConfig(**SHAPE | {"head_dim": 128}), tmp_path)
     prompts = random_prompts(50, 3, 21, shared=37)
     expected = expected_tokens(model, prompts, 6)
@@ -133,6 +145,7 @@ def test_kernels_for_hopper(
         name for name in launched if name.endswith(("prefill_kernel", "decode_kernel"))
     }
     assert kernels == {"hopper_prefill_kernel", "hopper_decode_kernel"}
+    assert {None, 1} == set(shares)
 
 
 def test_preemption(llama: tuple[str, PreTrainedModel], steps: Steps) -> None:
