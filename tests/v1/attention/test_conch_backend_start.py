@@ -97,16 +97,23 @@ def test_warm_up_launches_what_images_need(monkeypatch: pytest.MonkeyPatch) -> N
     assert launched == warm
 
 
-def test_warm_up_launches_what_hopper_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For few tiles of short sequences, few of long ones, and many."""
-    use_hopper(monkeypatch, num_units=12)
+def warm_hopper_engine(
+    monkeypatch: pytest.MonkeyPatch, num_units: int
+) -> tuple[Engine, set[tuple], set[tuple]]:
+    """An engine on a Hopper GPU, variants that its warm-up launched, and all since."""
+    use_hopper(monkeypatch, num_units)
     monkeypatch.setattr(conch_backend_harness, "HEAD_SIZE", 64)
     monkeypatch.setattr(conch_backend_harness, "MAX_MODEL_LEN", 512)
     monkeypatch.setattr(schedule_module, "SHORT_SEQ_LEN", 40)
     engine = Engine(dtype=torch.float16)
     launched = record_variants(monkeypatch)
     engine.layers[0].impl.run_dummy_batches(engine.layers[0])
-    warm = launched.copy()
+    return engine, launched.copy(), launched
+
+
+def test_warm_up_launches_what_hopper_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For few tiles of short sequences, few of long ones, and many."""
+    engine, warm, launched = warm_hopper_engine(monkeypatch, num_units=12)
     batches = [[(20, 0)], [(20, 200)], [(130, 300)]]
     if not ON_GPU:  # whose multiprocessors so many tiles do not fill
         batches.append([(30, 0)] * 6)
@@ -125,13 +132,7 @@ def test_warm_up_launches_decodes_beside_prefills(
     num_units: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where so many multiprocessors are that all prefills are split."""
-    use_hopper(monkeypatch, num_units=num_units)
-    monkeypatch.setattr(conch_backend_harness, "HEAD_SIZE", 64)
-    monkeypatch.setattr(schedule_module, "SHORT_SEQ_LEN", 40)
-    engine = Engine(dtype=torch.float16)
-    launched = record_variants(monkeypatch)
-    engine.layers[0].impl.run_dummy_batches(engine.layers[0])
-    warm = launched.copy()
+    engine, warm, launched = warm_hopper_engine(monkeypatch, num_units)
     for lengths in [(1, 50)], [(1, 50), (20, 0)], [(20, 200), (2, 7)]:
         engine.step(lengths)
     assert launched <= warm

@@ -27,7 +27,7 @@ HEAD_SIZES = range(72, 129, 8)
 # Of K and V in flight in each of two programs on a multiprocessor.
 RING_BYTES = 96 * 1024
 # Beside prefills, which what is in flight keeps waiting: on an H200 2k tokens beside 64
-# decodes at 4k take 283 us so, not 288, and with a worse share of the multiprocessors
+# decodes at 4k take 283 us so, not 285, and with a worse share of the multiprocessors
 # 294, not 343.
 RING_BYTES_BESIDE = 64 * 1024
 REGISTERS = 128  # of a thread, on average: what two programs can have

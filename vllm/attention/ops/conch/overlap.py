@@ -42,8 +42,8 @@ DECODE_RATE = 62e9
 DECODE_SECONDS = 8e-6
 # Only where it is expected to take no more than so much of the time of both in turn.
 # On an H200, 32/8 heads of 128, pages of 128, in turn and so, us: 2k tokens beside 64
-# decodes at 4k 312 and 286, 256 over 32k 453 and 396, 64 over 32k beside 16 136 and
-# 126; but 20 tokens beside 64 at 1k 80 and 82.
+# decodes at 4k 311 and 286, 256 over 32k 454 and 398, 64 over 32k beside 16 136 and
+# 125; but 20 tokens beside 64 at 1k 80 and 82.
 LARGEST_SHARE = 0.98
 # Of shares that are expected to take so little longer than the best, prefills get the
 # largest: they suffer more from too small a one.
