@@ -2,6 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """GPUs that need not be there, as the plan sees them: one for each compile target."""
 
+import sys
+
+import pytest
+
+from vllm.attention.ops.conch import hopper_prefill
 from vllm.attention.ops.conch.plan import Device, count_xcds
 
 KIB = 1024
@@ -16,3 +21,15 @@ DEVICES = {
     "MI355X": Device("hip", "gfx950", 256, 160 * KIB, count_xcds("gfx950", 256)),
     "RX 7900 XTX": Device("hip", "gfx1100", 48, 64 * KIB),
 }
+
+
+def use_device(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
+    """Has all of CONCH that is imported plan for a device."""
+    for name, module in list(sys.modules.items()):
+        if (
+            name.startswith("vllm.")
+            and "conch" in name
+            and "this_device" in vars(module)
+        ):
+            monkeypatch.setattr(module, "this_device", lambda index: device)
+    monkeypatch.setattr(hopper_prefill, "num_programs", lambda _: device.num_units)

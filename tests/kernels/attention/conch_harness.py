@@ -38,6 +38,7 @@ ON_GPU = torch.cuda.is_available() and not INTERPRETED
 if not (ON_GPU or INTERPRETED):
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
+from tests.kernels.attention.conch_devices import use_device  # noqa: E402
 from vllm.attention.ops.conch import (  # noqa: E402
     VarlenSchedule,
     hopper_fp8_prefill,
@@ -103,9 +104,7 @@ def use_hopper(monkeypatch: pytest.MonkeyPatch, num_units: int = 3) -> None:
     device = CONCH["plan"].Device(
         "cuda", 90, num_units, shared_memory=227 * 1024, bandwidth=1e12
     )
-    for name in ("plan", "schedule", "arguments"):
-        monkeypatch.setattr(CONCH[name], "this_device", lambda index: device)
-    monkeypatch.setattr(hopper_prefill, "num_programs", lambda device: num_units)
+    use_device(monkeypatch, device)
     monkeypatch.setattr(torch.version, "cuda", None)  # none of its launchers
     seeds = itertools.count()
 

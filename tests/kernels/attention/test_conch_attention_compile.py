@@ -25,7 +25,7 @@ from tests.kernels.attention.conch_compile import (
     compile_on_all,
     resources,
 )
-from tests.kernels.attention.conch_devices import DEVICES
+from tests.kernels.attention.conch_devices import DEVICES, use_device
 
 BF16, E5M2, E4M3 = torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn
 INT8, INT4 = torch.int8, torch.uint8
@@ -181,9 +181,9 @@ def record(case: Case, device) -> list[tuple]:
     """(Kernel, arguments, constants) of a mixed batch: schedule, decode, prefill, and
     what combines its parts."""
     conch = "vllm.attention.ops.conch"
-    attention, arguments, schedule, launch, plan = (
+    attention, schedule, launch = (
         importlib.import_module(f"{conch}.{name}")
-        for name in ("varlen_attention", "arguments", "schedule", "launch", "plan")
+        for name in ("varlen_attention", "schedule", "launch")
     )
     launches: list[tuple] = []
 
@@ -216,9 +216,7 @@ def record(case: Case, device) -> list[tuple]:
             scales = [torch.empty(1, device="meta")] * 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch.BoundLaunch, "__call__", call)
-        patch.setattr(plan, "this_device", lambda index: device)
-        patch.setattr(schedule, "this_device", lambda index: device)
-        patch.setattr(arguments, "this_device", lambda index: device)
+        use_device(patch, device)
         # Tensors without memory have no addresses.
         patch.setattr(attention, "offset_in_page", lambda *args: half)
         work = schedule.VarlenSchedule(

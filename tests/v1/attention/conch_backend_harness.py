@@ -37,6 +37,7 @@ from tests.kernels.attention.conch_reference import (
     paged_attention,
 )
 from vllm.attention.ops.conch import hopper_fp8_prefill
+from vllm.attention.ops.conch.launch import BoundLaunch
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.conch_attn import (
@@ -367,3 +368,52 @@ def selector_config(**changes: Any) -> dict[str, Any]:
     known = AttentionSelectorConfig(**usual, block_size=16)._asdict()
     known |= {name: value for name, value in changes.items() if name in known}
     return {"device_capability": DeviceCapability(9, 0)} | known
+
+
+def record_variants(monkeypatch: pytest.MonkeyPatch, runs: bool = True) -> set[tuple]:
+    """All that a launch's variant depends on but devices and addresses.
+
+    runs: False: nothing is launched.
+    """
+    launched: set[tuple] = set()
+    call = BoundLaunch.__call__
+
+    def specialized(argument: Any) -> Any:
+        """What Triton makes variants for."""
+        if isinstance(argument, tuple):
+            return tuple(map(specialized, argument))
+        if isinstance(argument, int):
+            return argument == 1, argument % 16 == 0
+        return type(argument)
+
+    def record(bound: BoundLaunch, *tensors: Any, **options: Any) -> None:
+        launch = bound.launch
+        kernel, constants = launch.kernel, launch.constants
+        names = [name for name in kernel.arg_names if name not in constants]
+        names = names[len(names) - len(launch.arguments) :]
+        known = getattr(kernel, "kwargs", {})  # of one that is interpreted
+        same = known.get("do_not_specialize") or getattr(
+            kernel, "do_not_specialize", ()
+        )
+        numbers = [
+            (name, specialized(argument))
+            for name, argument in zip(names, launch.arguments)
+            if name not in same
+        ]
+        given = [None if t is None else t.dtype for t in (*tensors, *bound.tensors)]
+        fixed = sorted(constants.items())
+        launched.add((kernel.__name__, str(fixed), str(given), str(numbers)))
+        if runs:
+            call(bound, *tensors, **options)
+
+    monkeypatch.setattr(BoundLaunch, "__call__", record)
+    return launched
+
+
+def variants_of_warm_up(layers: Sequence[Any]) -> set[tuple]:
+    """What warm-ups of layers launch, without doing so."""
+    with pytest.MonkeyPatch.context() as patch:
+        launched = record_variants(patch, runs=False)
+        for layer in layers:
+            layer.impl.run_dummy_batches(layer)
+    return launched

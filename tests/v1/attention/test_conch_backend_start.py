@@ -5,7 +5,7 @@
 import gc
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -19,6 +19,7 @@ from tests.v1.attention.conch_release import (
     run_layer,
 )
 
+from tests.kernels.attention.conch_devices import DEVICES, use_device
 from tests.kernels.attention.conch_harness import (  # noqa: F401
     DEVICE,
     ON_GPU,
@@ -34,9 +35,10 @@ from tests.v1.attention.conch_backend_harness import (
     MAX_NUM_TOKENS,
     NUM_KV_HEADS,
     Engine,
+    record_variants,
+    variants_of_warm_up,
 )
 from vllm.attention.ops.conch import schedule as schedule_module
-from vllm.attention.ops.conch.launch import BoundLaunch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends import conch_attn
 from vllm.v1.attention.backends.conch_attn import ConchAttentionMetadataBuilder
@@ -66,49 +68,30 @@ def test_warm_up_leaves_the_cache_alone(kv_cache_dtype: str) -> None:
     assert not layer.impl.attentions  # nor is the schedule kept
 
 
-def record_variants(monkeypatch: pytest.MonkeyPatch) -> set[tuple]:
-    """All that a variant depends on but devices, dtypes and alignments."""
-    launched: set[tuple] = set()
-    call = BoundLaunch.__call__
-
-    def record(bound: BoundLaunch, *tensors: Any, **options: Any) -> None:
-        described = bound.launch
-        given = tuple(tensor is None for tensor in (*tensors, *bound.tensors))
-        constants = sorted(described.constants.items())
-        launched.add((described.kernel.__name__, str(constants), given))
-        call(bound, *tensors, **options)
-
-    monkeypatch.setattr(BoundLaunch, "__call__", record)
-    return launched
-
-
 def test_warm_up_launches_what_images_need(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine([{}, {"sliding_window": 16}])
     engine.config.model_config.is_mm_prefix_lm = True
+    warm = variants_of_warm_up(engine.layers)
     launched = record_variants(monkeypatch)
-    for layer in engine.layers:
-        layer.impl.run_dummy_batches(layer)
-    warm = launched.copy()
     for batch, images in ("mixed", {1: [(2, 20), (22, 30)]}), ("decode", {0: [(0, 3)]}):
         common = engine.fill(BATCHES[batch])
         metadata = build_with_images(engine.builder, common, images, 2)
         for layer in engine.layers:
             engine.check(layer, metadata)
-    assert launched == warm
+    assert launched <= warm
 
 
 def warm_hopper_engine(
     monkeypatch: pytest.MonkeyPatch, num_units: int
 ) -> tuple[Engine, set[tuple], set[tuple]]:
-    """An engine on a Hopper GPU, variants that its warm-up launched, and all since."""
+    """An engine on a Hopper GPU, variants of its warm-up, and all that it launches."""
     use_hopper(monkeypatch, num_units)
     monkeypatch.setattr(conch_backend_harness, "HEAD_SIZE", 64)
     monkeypatch.setattr(conch_backend_harness, "MAX_MODEL_LEN", 512)
     monkeypatch.setattr(schedule_module, "SHORT_SEQ_LEN", 40)
     engine = Engine(dtype=torch.float16)
-    launched = record_variants(monkeypatch)
-    engine.layers[0].impl.run_dummy_batches(engine.layers[0])
-    return engine, launched.copy(), launched
+    warm = variants_of_warm_up(engine.layers)
+    return engine, warm, record_variants(monkeypatch)
 
 
 def test_warm_up_launches_what_hopper_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +152,65 @@ def test_nothing_compiles_after_warm_up(
     assert not compiled
 
 
+def random_batches(
+    random: Random, count: int, longest_seq: int
+) -> Iterator[tuple[list[tuple[int, int]], dict[str, int]]]:
+    """Decodes, drafts, chunks and whole prompts, with padding as for CUDA graphs."""
+    for _ in range(count):
+        longest = random.choice([1, 4, 16, 200, 1500])
+        most_context = random.choice([0, 200, longest_seq])
+        lengths = []
+        for _ in range(random.randint(1, 6)):
+            query_len = random.randint(1, longest)
+            most = min(most_context, longest_seq - query_len)
+            lengths.append((query_len, random.randint(0, most)))
+        padding = {"padded_reqs": random.randint(0, 2)}
+        padding["padded_tokens"] = random.choice([0, 1, 13, 3000])
+        yield lengths, padding
+
+
+def run_on_random_rows(
+    random: Random, engine: Engine, layer: Any, metadata: Any
+) -> None:
+    """Query, key and value each as a slice of a projection, or a tensor of its own."""
+    query, key, value = (
+        rows.contiguous() if random.random() < 0.5 else rows
+        for rows in engine.new_tokens(layer, metadata.num_actual_tokens)
+    )
+    query = engine.as_passed(layer, query)
+    output = torch.empty_like(query, dtype=engine.dtype)
+    run_layer(layer, query, key, value, metadata, output)
+
+
+@pytest.mark.skipif(ON_GPU, reason="see the test with a GPU")
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("name", ["A100", "H200", "MI300X"])
+def test_random_batches_launch_what_warm_up_did(
+    name: str, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On GPUs that are not here: no launch is made, each is looked at."""
+    use_device(monkeypatch, DEVICES[name])
+    for constant, size in ("MAX_MODEL_LEN", 4096), ("MAX_NUM_TOKENS", 16384):
+        monkeypatch.setattr(conch_backend_harness, constant, size)
+    monkeypatch.setattr(conch_backend_harness, "HEAD_SIZE", 128)
+    layers = [{}, {"sliding_window": 40}]
+    engine = Engine(
+        layers,
+        dtype=torch.float16,
+        kv_cache_dtype=kv_cache_dtype,
+        num_speculative_tokens=3,
+        num_blocks=1 + 6 * 4096 // BLOCK_SIZE,
+    )
+    warm = variants_of_warm_up(engine.layers)
+    launched = record_variants(monkeypatch, runs=False)
+    random = Random(0)
+    for lengths, padding in random_batches(random, 100, 4096):
+        metadata = engine.builder.build(0, engine.fill(lengths, **padding))
+        for layer in engine.layers:
+            run_on_random_rows(random, engine, layer, metadata)
+        assert launched <= warm, (lengths, padding)
+
+
 def at_offset(tensor: torch.Tensor, offset: int) -> torch.Tensor:
     """The tensor, in memory that begins so many elements after an aligned address."""
     flat = tensor.new_empty(tensor.numel() + offset)[offset:]
@@ -202,16 +244,7 @@ def test_a_thousand_random_batches_compile_nothing(
         lambda **event: compiled.append(event["fn"].name),
     )
     random = Random(0)
-    for _ in range(1000):
-        longest = random.choice([1, 4, 16, 200, 1500])
-        most_context = random.choice([0, 200, longest_seq])
-        lengths = []
-        for _ in range(random.randint(1, 6)):
-            query_len = random.randint(1, longest)
-            most = min(most_context, longest_seq - query_len)
-            lengths.append((query_len, random.randint(0, most)))
-        padding = {"padded_reqs": random.randint(0, 2)}
-        padding["padded_tokens"] = random.choice([0, 1, 13, 3000])
+    for lengths, padding in random_batches(random, 1000, longest_seq):
         common = engine.fill(lengths, **padding)
         for name in (
             "query_start_loc",
@@ -223,12 +256,7 @@ def test_a_thousand_random_batches_compile_nothing(
             setattr(common, name, at_offset(tensor, random.randrange(4)))
         metadata = engine.builder.build(0, common)
         for layer in engine.layers:
-            query, key, value = engine.new_tokens(layer, common.num_actual_tokens)
-            if random.random() < 0.5:  # tensors of their own
-                query, key, value = query.clone(), key.contiguous(), value.clone()
-            query = engine.as_passed(layer, query)
-            output = torch.empty_like(query, dtype=engine.dtype)
-            run_layer(layer, query, key, value, metadata, output)
+            run_on_random_rows(random, engine, layer, metadata)
         assert not compiled, (compiled, lengths, padding)
 
 

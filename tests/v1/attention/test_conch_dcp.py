@@ -10,6 +10,7 @@ sends to the others goes through `Ranks`.
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.v1.attention.conch_release import (
     run_layer,
 )
 
+from tests.kernels.attention.conch_devices import use_device
 from tests.kernels.attention.conch_harness import (  # noqa: F401
     DEVICE,
     HALF_DTYPES,
@@ -37,7 +39,12 @@ from tests.kernels.attention.conch_reference import (
     output_tolerance,
     visible_keys,
 )
-from tests.v1.attention.conch_backend_harness import discard_buffers
+from tests.v1.attention.conch_backend_harness import (
+    discard_buffers,
+    record_variants,
+    variants_of_warm_up,
+)
+from vllm.attention.ops.conch.plan import this_device
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
@@ -391,12 +398,16 @@ class Group:
         padded_tokens: int = 0,
         metadata_of: Callable[[Rank, CommonAttentionMetadata], Any] | None = None,
         roundings: int = 0,
+        slices: bool = False,
     ) -> list[ConchAttentionMetadata]:
         """Runs a batch on every rank and compares with attention to all keys.
 
         roundings: to 16 bits, of results of shares, besides those of one rank.
+        slices: V is a slice of a projection, and K, which was rotated, is not.
         """
         batch = Batch(self, lengths, padded_tokens)
+        if slices:
+            batch.value = batch.value.repeat(1, 2, 1)[:, :1]
         pages = 1 + torch.randperm(NUM_BLOCKS - 1)
         outputs: list[Any] = [None] * self.size
         built: list[Any] = [None] * self.size
@@ -700,6 +711,30 @@ def test_warm_up_launches_what_steps_do(
     rank.impl.run_dummy_batches(rank.layer)
     both, own = 2 * NUM_HEADS, NUM_HEADS
     assert set(calls) == {(both, False, False), (both, False, True), (own, True, True)}
+
+
+@pytest.mark.parametrize("slices", [False, True])
+def test_warm_up_has_every_variant(
+    slices: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the keys of context and new tokens are split, of one of these, of none."""
+    monkeypatch.setattr(f"{__name__}.MAX_LEN", 256)
+    monkeypatch.setattr(f"{__name__}.MAX_NUM_TOKENS", 200)
+    device = replace(this_device(0 if ON_GPU else None), num_units=20)
+    use_device(monkeypatch, device)
+    group = Group()
+    warm = variants_of_warm_up([rank.layer for rank in group.ranks])
+    launched = record_variants(monkeypatch)
+    are_split = []
+    for query_len in (20, 100, 170):
+        group.step([(1, 9), (query_len, 40)], slices=slices)
+        builder = group.ranks[0].builder
+        (context,) = builder.schedules.values()
+        (own,) = builder.shares.new_tokens.schedules.values()
+        plans = context.plan, own.plan
+        are_split.append([plan.split is not None for plan in plans])
+    assert ON_GPU or are_split == [[True, True], [False, True], [False, False]]
+    assert launched <= warm
 
 
 @gpu_only

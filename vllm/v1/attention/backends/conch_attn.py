@@ -569,9 +569,9 @@ class DummyBatch(NamedTuple):
         alone: whether the host knows that there are no other prefills.
         short: whether it knows, besides, that there is no context.
         causal: whether attention is causal, or a tensor that says it.
-        packed: whether query, key and value are slices of one tensor, as many models
-            pass them, or each has its own: kernels are compiled for the alignment of
-            strides.
+        slices: whether query, key and value each are a slice of a projection, as many
+            models pass them, or a tensor of their own: kernels are compiled for the
+            alignment of strides, and some for K and V of the same.
         quantized: whether the output is quantised to fp8.
         has_images: whether there are ranges that are seen both ways.
     """
@@ -580,7 +580,7 @@ class DummyBatch(NamedTuple):
     alone: bool
     short: bool
     causal: bool | torch.Tensor
-    packed: bool
+    slices: tuple[bool, bool, bool]
     quantized: bool
     has_images: bool
 
@@ -978,12 +978,18 @@ class ConchAttentionImpl(ConchImplBase):
         shortest_prefill = max(MAX_DECODE_QUERY_LEN, schedule.longest_decode) + 1
         lengths.append((shortest_prefill, True, True))
         # Not alone: also what decodes beside prefills need.
-        length = schedule.least_unsplit_len() or shortest_prefill
-        lengths.append((length, False, False))
+        unsplit = {schedule.least_unsplit_len() or shortest_prefill}
+        slices = [(False,) * 3, (True,) * 3]
+        if self.is_encoder or shares is not None:  # K and V are read where they are
+            slices.append((False, False, True))  # where the others were rotated
+        if shares is not None:
+            own_heads = shares.new_tokens.schedules[self.schedule_key]
+            unsplit.add(own_heads.least_unsplit_len() or shortest_prefill)
+        lengths += [(length, False, False) for length in sorted(unsplit)]
         for length, *options in product(
             lengths,
             self.causal_modes(schedule.device),
-            (False, True),
+            slices,
             (False, True) if quantizes else (False,),
             (False, True) if self.sees_images else (False,),
         ):
@@ -1030,18 +1036,13 @@ class ConchAttentionImpl(ConchImplBase):
         reads_batch = self.is_encoder or shares is not None
         num_tokens = max(query_len, 2 * PAGE_MULTIPLE if reads_batch else 0)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        if batch.packed:
-            packed_rows = torch.zeros(
-                num_tokens, sum(heads), self.head_size, dtype=self.dtype, device=device
-            )
-            query, key, value = packed_rows.split(heads, dim=1)
-        else:
-            query, key, value = (
-                torch.zeros(
-                    num_tokens, count, self.head_size, dtype=self.dtype, device=device
-                )
-                for count in heads
-            )
+        projection = torch.zeros(
+            num_tokens, sum(heads), self.head_size, dtype=self.dtype, device=device
+        )
+        query, key, value = (
+            rows if is_slice else rows.contiguous()
+            for rows, is_slice in zip(projection.split(heads, dim=1), batch.slices)
+        )
 
         def integers(*values: int) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int32, device=device)
