@@ -232,21 +232,15 @@ class Conch(Provider):
             token_scales=inputs.has_token_scales,
             portable=self.portable,
         )
-        query_lens = [query_len for query_len, _ in case.lengths]
-        work = None
-        if not case.softcap:  # as in the backend: its decodes have another kernel
-            work = schedule.count_work(*np.array(case.lengths).T)
+        query_lens, seq_lens = np.array(case.lengths).T
+        # With a softcap decodes have another kernel, as in the backend.
+        known = schedule.look_at(query_lens, seq_lens, may_overlap=not case.softcap)
         schedule.update(
             inputs.query_start_loc,
             inputs.seq_lens,
             max_query_len=case.max_query_len,
             num_tokens=case.num_tokens,
-            min_query_len=min(query_lens),
-            num_prefills=sum(n > schedule.longest_decode for n in query_lens),
-            max_prefill_seq_len=max(
-                (s for n, s in case.lengths if n > schedule.longest_decode), default=0
-            ),
-            work=work,
+            known=known,
         )
         return schedule
 

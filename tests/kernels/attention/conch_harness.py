@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -419,17 +420,17 @@ def with_tiles(
     return schedule
 
 
-def update(schedule: VarlenSchedule, batch: Batch, **known: int) -> VarlenSchedule:
+def update(schedule: VarlenSchedule, batch: Batch, **known: Any) -> VarlenSchedule:
     """Tells a schedule the lengths of this batch, as a metadata builder does.
 
-    known: what the host knows besides, such as num_prefills.
+    known: what the host knows besides, fields of `Known`.
     """
     schedule.update(
         batch.query_start_loc,
         batch.seq_lens,
         max_query_len=batch.max_query_len,
         num_tokens=len(batch.query),
-        **known,
+        known=CONCH["schedule"].Known(**known),
         mm_prefix_range=batch.mm_prefix_range,
         mm_prefix_in_window=batch.mm_prefix_in_window,
         prefix_lens=batch.prefix_lens,

@@ -236,10 +236,12 @@ def record(case: Case, device) -> list[tuple]:
             batch_invariant=case.batch_invariant,
         )
         lengths = integers(65), integers(64)
-        known = {}
+        known = schedule.UNKNOWN
         if case.small:
-            known = {"num_prefills": 1, "max_prefill_seq_len": tokens}
-        work.update(*lengths, max_query_len=max_query_len, num_tokens=tokens, **known)
+            known = schedule.Known(num_prefills=1, max_prefill_seq_len=tokens)
+        work.update(
+            *lengths, max_query_len=max_query_len, num_tokens=tokens, known=known
+        )
         assert work.plan.small == case.small
         attention.varlen_attention(
             query,

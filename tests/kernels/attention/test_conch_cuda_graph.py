@@ -223,12 +223,9 @@ def test_nothing_compiles_while_serving(monkeypatch):
         pool.block_table = table[: len(lengths)]
         pool.max_query_len = max_query_len
         step = Batch(**{**vars(pool), "query": whole_query[:num_tokens]})
-        prefills = [s for q, s in lengths if q > schedule.longest_decode]
         known = {}
         if is_known:
-            known = {"num_prefills": len(prefills)}
-            known["max_prefill_seq_len"] = max(prefills, default=0)
-            known["work"] = schedule.count_work(*np.array(lengths).T)
+            known = schedule.look_at(*np.array(lengths).T, may_overlap=True)._asdict()
         update(schedule, step, **known)
         call(step, output[:num_tokens], schedule=schedule)
 

@@ -57,7 +57,8 @@ def items(lengths: Sequence[tuple[int, int]], plan: AttentionPlan) -> int:
 
 
 def work_of(lengths: Sequence[tuple[int, int]], shape: Shape) -> Work:
-    return count_work(*np.array(lengths).T, 4, 64 / shape.group, None)
+    query_lens, seq_lens = np.array(lengths).T
+    return count_work(query_lens, seq_lens, query_lens > 4, 64 / shape.group, None)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_work_is_counted(group, block_m, window):
         query_len = random.choice([1, 3, 4, 5, 40, 300])
         lengths.append((query_len, query_len + random.randint(0, 500)))
     both = np.array(lengths, dtype=np.int32).T
-    work = count_work(*both, 4, block_m / group, window)
+    work = count_work(*both, both[0] > 4, block_m / group, window)
     tokens = pairs = decode_keys = most = 0
     for query_len, seq_len in lengths:
         seen = [
@@ -194,7 +195,8 @@ def test_work_is_counted(group, block_m, window):
 
 def test_work_of_dummy_sequences():
     """Of fewer tokens than queries."""
-    work = count_work(np.array([300, 1]), np.array([1, 0]), 4, 16, None)
+    query_lens = np.array([300, 1])
+    work = count_work(query_lens, np.array([1, 0]), query_lens > 4, 16, None)
     assert work == (300, 320 * 300 - 300 * 299 // 2, 300, 0)
 
 

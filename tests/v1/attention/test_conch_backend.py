@@ -33,7 +33,9 @@ from tests.v1.attention.conch_backend_harness import (
     needs_rswa,
 )
 from vllm.attention.ops.conch import hopper_prefill
+from vllm.attention.ops.conch.overlap import count_work
 from vllm.attention.ops.conch.plan import Device
+from vllm.attention.ops.conch.schedule import UNKNOWN, Known
 from vllm.config import CUDAGraphMode
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     kFp8DynamicTokenSym,
@@ -230,6 +232,7 @@ def test_what_schedules_know_of_a_batch(
 ) -> None:
     engine = Engine(cudagraph_mode=CUDAGraphMode[mode])
     (schedule,) = engine.builder.schedules.values()
+    schedule.may_share = True  # as on a Hopper GPU
     update, given = schedule.update, {}
 
     def record(*args: Any, **options: Any) -> None:
@@ -241,18 +244,16 @@ def test_what_schedules_know_of_a_batch(
     bounds = torch.tensor([*seq_lens, 999]) if has_bounds else None
     monkeypatch.setattr(conch_attn, "host_seq_lens", lambda common: bounds)
     engine.step(BATCHES[batch])
-    known = {
-        "min_query_len": min(query_len for query_len, _ in BATCHES[batch]),
-        "num_prefills": 2,
-        "max_prefill_seq_len": longest if has_bounds else max(seq_lens),
-    }
-    known["work"] = None
-    if has_bounds:  # else of all sequences only the longest
-        both = np.array([(q, q + context) for q, context in BATCHES[batch]])
-        known["work"] = schedule.count_work(*both.T)
-    if longest is None:
-        known = dict.fromkeys(known)
-    assert {name: given.get(name) for name in known} == known
+    known = UNKNOWN
+    if longest is not None:
+        query_lens = np.array([query_len for query_len, _ in BATCHES[batch]])
+        work = None
+        if has_bounds and min(query_lens) <= 1:  # else of all only the longest
+            both = (query_lens, np.array(seq_lens), query_lens > 1)
+            work = count_work(*both, schedule.tokens_per_tile, None)
+        longest = longest if has_bounds else max(seq_lens)
+        known = Known(min(query_lens), 2, longest, work)
+    assert given["known"] == known
 
 
 @pytest.mark.parametrize(
@@ -274,10 +275,10 @@ def test_what_keeps_layers_from_hoppers_kernels(
     monkeypatch.setattr(conch_attn, "host_seq_lens", lambda common: bounds)
     engine = Engine([{}, layer])
     common = engine.fill(BATCHES["mixed"])
-    assert engine.builder.build(0, common).may_overlap == may_overlap
+    assert engine.builder.build(0, common).host_lengths.may_overlap == may_overlap
     causal = torch.ones(len(BATCHES["mixed"]), dtype=torch.bool, device=DEVICE)
     common = engine.fill(BATCHES["mixed"], causal=causal)
-    assert not engine.builder.build(0, common).may_overlap
+    assert not engine.builder.build(0, common).host_lengths.may_overlap
 
 
 @pytest.mark.parametrize("what", ["images", "quantized"])

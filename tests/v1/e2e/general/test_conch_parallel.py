@@ -26,6 +26,7 @@ from tests.v1.e2e.general.conch_engine import (
     save,
 )
 from vllm.config import ParallelConfig
+from vllm.engine.arg_utils import EngineArgs
 
 if ON_GPU and torch.accelerator.device_count() < 2:
     pytest.skip("needs two GPUs, or none", allow_module_level=True)
@@ -34,6 +35,10 @@ TWO_RANKS = {"tensor_parallel_size": 2}
 # Ranks share keys where there are fewer KV heads than ranks.
 SHARED_KEYS = TWO_RANKS | {"decode_context_parallel_size": 2}
 HAS_ALL_TO_ALL = hasattr(ParallelConfig, "dcp_comm_backend")
+# An error where Triton compiles what no warm-up has.
+MONITOR = {"jit_monitor_mode": "error"}
+if "jit_monitor_mode" not in EngineArgs.__dataclass_fields__:  # not in this release
+    MONITOR = {}
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +106,7 @@ LARGE = {
 def test_attention_of_an_8b_model(
     num_kv_heads: int, ranks: dict[str, int], tmp_path: Path
 ) -> None:
-    """With CUDA graphs, after prompts of some thousand tokens."""
+    """With CUDA graphs, after long prompts; nothing is compiled while serving."""
     shape = SHAPE | LARGE | {"num_key_value_heads": num_kv_heads}
     model = save(LlamaForCausalLM, LlamaConfig(**shape), tmp_path)
     del model
@@ -119,6 +124,6 @@ def test_attention_of_an_8b_model(
     layers = LARGE["num_hidden_layers"]
     with engine(str(tmp_path), layers, **sizes) as llm:
         expected = generate(llm, prompts, 32)
-    options = sizes | ranks | {"enforce_eager": False}
+    options = sizes | ranks | MONITOR | {"enforce_eager": False}
     with engine(str(tmp_path), layers, **options) as llm:
         assert generate(llm, prompts, 32) == expected

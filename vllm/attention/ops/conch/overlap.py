@@ -18,6 +18,7 @@ the order of sums.
 """
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -63,11 +64,19 @@ class Work(NamedTuple):
     decode_keys: int  # that are read, by each tile of query rows anew
 
 
+def can_share(plan: AttentionPlan, device: Device) -> bool:
+    """Whether decodes may run beside prefills: on devices like the one that was
+    measured, where they have Hopper's own kernel. Any other reads too little on a
+    multiprocessor."""
+    is_known = device.num_units >= LEAST_UNITS and device.bandwidth >= LEAST_BANDWIDTH
+    return plan.overlaps and plan.hopper_decode and is_known
+
+
 def count_work(
     query_lens: np.ndarray,
     seq_lens: np.ndarray,
-    longest_decode: int,
-    tile_tokens: float,
+    is_prefill: np.ndarray,
+    tokens_per_tile: float,
     window: int | None,
 ) -> Work:
     """Counts the work of a batch, as if it were causal.
@@ -75,18 +84,17 @@ def count_work(
     Args:
         query_lens: [num_seqs] new tokens.
         seq_lens: [num_seqs] all tokens, or a bound.
-        longest_decode: new tokens up to which a sequence is a decode.
-        tile_tokens: new tokens that a tile of a decode's rows holds, or a part of one.
+        is_prefill: [num_seqs] bool; others with new tokens are decodes.
+        tokens_per_tile: new tokens of a decode in a tile of rows; may be less than 1.
         window: keys that a query sees; None: all.
     """
     window = WIDEST_WINDOW if window is None else window
-    is_prefill = query_lens > longest_decode
     queries = query_lens[is_prefill].astype(np.int64)
     ends = np.maximum(seq_lens[is_prefill], queries)
     rows = queries + -queries % LEAST_ROWS
     pairs = rows * ends - queries * (queries - 1) // 2
     is_decode = (query_lens > 0) & ~is_prefill
-    tiles = np.ceil(query_lens[is_decode] / tile_tokens)
+    tiles = np.ceil(query_lens[is_decode] / tokens_per_tile)
     decode_keys = np.minimum(seq_lens[is_decode], window) * tiles
     return Work(
         int(queries.sum()),
@@ -117,6 +125,17 @@ class Prefills(NamedTuple):
         )
 
 
+@lru_cache
+def divisions(device: Device, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Multiprocessors that prefills may have, and bytes/s that decodes then read: first
+    of all those of the device, in turn, then with as many others, by steps."""
+    decode_units = np.arange(step, device.num_units, step)
+    units = device.num_units - decode_units
+    beside = np.minimum(BANDWIDTH_BESIDE * device.bandwidth, decode_units * DECODE_RATE)
+    in_turn = BANDWIDTH_ALONE * device.bandwidth
+    return np.append(device.num_units, units), np.append(in_turn, beside)
+
+
 def prefill_units(
     work: Work, num_items: int, plan: AttentionPlan, shape: Shape, device: Device
 ) -> int | None:
@@ -131,14 +150,9 @@ def prefill_units(
         device: to run on.
 
     Returns:
-        None where both have the device, one after the other: also where decodes have
-        no kernel of Hopper's own, whose rate on a multiprocessor leaves none to spare.
+        None where both have the device, one after the other.
     """
-    if not (plan.overlaps and plan.hopper_decode):
-        return None
-    if not (work.prefill_tokens and work.decode_keys):
-        return None
-    if device.num_units < LEAST_UNITS or device.bandwidth < LEAST_BANDWIDTH:
+    if not (can_share(plan, device) and work.prefill_tokens and work.decode_keys):
         return None
     pair_seconds = 4 * shape.head_padded / PREFILL_RATE
     pairs = work.prefill_pairs * shape.num_query_heads
@@ -152,13 +166,12 @@ def prefill_units(
     step = LEAST_STEP
     if plan.abreast_tiles:  # as many decode workers for each head
         step = math.lcm(step, shape.num_kv_heads // math.gcd(shape.num_kv_heads, 2))
-    decode_units = np.arange(step, device.num_units, step)
-    units = device.num_units - decode_units
-    most = BANDWIDTH_BESIDE * device.bandwidth
-    reading = num_bytes / np.minimum(most, decode_units * DECODE_RATE)
-    beside = np.maximum(prefills.seconds(units), reading + DECODE_SECONDS)
-    in_turn = prefills.seconds(np.array([device.num_units]))[0] + DECODE_SECONDS
-    in_turn += num_bytes / (BANDWIDTH_ALONE * device.bandwidth)
+    units, rates = divisions(device, step)
+    prefill_seconds = prefills.seconds(units)
+    decode_seconds = num_bytes / rates + DECODE_SECONDS
+    in_turn = prefill_seconds[0] + decode_seconds[0]
+    units = units[1:]
+    beside = np.maximum(prefill_seconds[1:], decode_seconds[1:])
     best = beside.min(initial=math.inf)
     if best > LARGEST_SHARE * in_turn:
         return None

@@ -70,7 +70,7 @@ class Shape(NamedTuple):
     def head_padded(self) -> int:
         # Products of halves of a head have 16 terms or more.
         least = 32 if self.kv_dtype == KV_INT4_DTYPE else 16
-        return max(least, triton.next_power_of_2(self.head_size))
+        return max(least, 1 << (self.head_size - 1).bit_length())  # a power of two
 
     @property
     def row_bytes(self) -> int:

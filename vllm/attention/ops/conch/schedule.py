@@ -19,7 +19,7 @@ from .combine import ITEM_FIELDS
 from .decode import SEQUENCE_FIELDS, WORKER_FIELDS, decode_key_tiles, decode_rows
 from .launch import Launch
 from .limits import WIDEST_WINDOW, first_seen_key
-from .overlap import Work, count_work, prefill_units
+from .overlap import Work, can_share, count_work, prefill_units
 from .plan import (
     KV_INTEGER_DTYPES,
     MAX_DECODE_QUERY_LEN,
@@ -506,6 +506,33 @@ def check_window(sliding_window: int | None, chunk_lookback: int) -> None:
         reject("chunk_lookback", chunk_lookback, allowed)
 
 
+class Known(NamedTuple):
+    """What the host knows of a batch, from which it decides what is launched.
+
+    Nothing where a CUDA graph will replay the launches for other batches. If it is not
+    so, rows may stay unwritten; only `work` may be off.
+
+    Attributes:
+        min_query_len: no query is shorter; decides whether decodes are launched beside
+            prefills. 0: not known.
+        num_prefills: no more sequences have queries longer than `longest_decode`;
+            decides whether keys are split. None: not known.
+        max_prefill_seq_len: none of these is longer, context included; decides whether
+            tiles are smaller instead. None: not known.
+        work: what there is to do, if layers have nothing that keeps prefills or decodes
+            from Hopper's kernels; decides which multiprocessors prefills get, and which
+            decodes, at the same time. None: not known.
+    """
+
+    min_query_len: int = 0
+    num_prefills: int | None = None
+    max_prefill_seq_len: int | None = None
+    work: Work | None = None
+
+
+UNKNOWN = Known()
+
+
 class VarlenSchedule:
     """Work lists and scratch of `varlen_attention`, filled once a step.
 
@@ -577,15 +604,18 @@ class VarlenSchedule:
         self.target = this_device(None if is_cpu else self.device.index or 0)
         plan = self.plan_for(MAX_DECODE_QUERY_LEN)
         self.num_workers = num_workers or plan.num_workers
-        beside_prefills = self.plan_for(MAX_DECODE_QUERY_LEN + 1).decode
+        mixed = self.plan_for(MAX_DECODE_QUERY_LEN + 1)
         # Query tokens up to which a sequence beside prefills is a decode. One with so
         # few rows that they fit a tile costs the decode kernel no more than one token.
         self.longest_decode = max(
             decode_query_len,
-            min(beside_prefills.block_m // self.shape.group, MAX_DECODE_QUERY_LEN),
+            min(mixed.decode.block_m // self.shape.group, MAX_DECODE_QUERY_LEN),
         )
         if batch_invariant:  # slots have room for a decode's rows alone
             self.longest_decode = decode_query_len
+        # Whether decodes may run beside prefills, and tokens of one in a tile of rows.
+        self.may_share = can_share(mixed, self.target)
+        self.tokens_per_tile = mixed.decode.block_m / self.shape.group
 
         def integers(rows: int, fields: int) -> torch.Tensor:
             return torch.zeros(rows, fields, dtype=torch.int32, device=self.device)
@@ -620,7 +650,7 @@ class VarlenSchedule:
             )
         self.items = integers(triton.cdiv(num_items, LANES) * LANES, ITEM_FIELDS.value)
         # Tiles of decode rows: in batches of decodes, and beside prefills.
-        block_m = max(plan.decode.block_m, beside_prefills.block_m)
+        block_m = max(plan.decode.block_m, mixed.decode.block_m)
         slots: tuple[int, ...] = (2 * self.num_workers, block_m)
         if batch_invariant:
             row_bytes = 4 * self.shape.head_padded
@@ -697,7 +727,7 @@ class VarlenSchedule:
         Args:
             max_query_len: as for `update`.
             num_tokens: likewise.
-            num_prefills: likewise.
+            num_prefills: as of `Known`.
         """
         if self.splits is None or max_query_len <= MAX_DECODE_QUERY_LEN:
             return None
@@ -726,7 +756,7 @@ class VarlenSchedule:
         Args:
             max_query_len: as for `update`.
             num_tokens: likewise.
-            num_prefills: likewise.
+            num_prefills: as of `Known`.
             max_prefill_seq_len: likewise.
         """
         if not num_prefills or max_prefill_seq_len is None:
@@ -751,21 +781,38 @@ class VarlenSchedule:
         is_short = num_keys <= max(keys_per_query * max_query_len, SHORT_SEQ_LEN)
         return small if is_short else None
 
-    def count_work(self, query_lens: np.ndarray, seq_lens: np.ndarray) -> Work:
-        """What there is to do in a batch, for `update`.
+    def look_at(
+        self,
+        query_lens: np.ndarray,
+        seq_lens: np.ndarray | None = None,
+        may_overlap: bool = False,
+    ) -> Known:
+        """What the host knows of a batch, for `update`.
 
         Args:
-            query_lens: [num_seqs] new tokens (host).
-            seq_lens: [num_seqs] all tokens, or a bound (host).
+            query_lens: [num_seqs] new tokens.
+            seq_lens: [num_seqs] all tokens, or bounds; None: not known.
+            may_overlap: layers have nothing that keeps prefills or decodes from
+                Hopper's kernels, and bounds are near.
         """
-        block_m = self.plan_for(MAX_DECODE_QUERY_LEN + 1).decode.block_m
-        return count_work(
-            query_lens,
-            seq_lens,
-            self.longest_decode,
-            block_m / self.shape.group,
-            self.sight.sliding_window,
-        )
+        is_prefill = query_lens > self.longest_decode
+        num_prefills = int(np.count_nonzero(is_prefill))
+        known = Known(int(query_lens.min()), num_prefills)
+        if not num_prefills or seq_lens is None:
+            return known
+        if num_prefills == len(query_lens):
+            return known._replace(max_prefill_seq_len=int(seq_lens.max()))
+        longest = int(seq_lens[is_prefill].max())
+        work = None
+        if may_overlap and self.may_share:
+            work = count_work(
+                query_lens,
+                seq_lens,
+                is_prefill,
+                self.tokens_per_tile,
+                self.sight.sliding_window,
+            )
+        return known._replace(max_prefill_seq_len=longest, work=work)
 
     def least_unsplit_len(self) -> int | None:
         """Tokens from which a prefill, perhaps among others, is not split."""
@@ -808,10 +855,7 @@ class VarlenSchedule:
         *,
         max_query_len: int,
         num_tokens: int,
-        min_query_len: int = 0,
-        num_prefills: int | None = None,
-        max_prefill_seq_len: int | None = None,
-        work: Work | None = None,
+        known: Known = UNKNOWN,
         mm_prefix_range: torch.Tensor | None = None,
         mm_prefix_in_window: bool = False,
         prefix_lens: torch.Tensor | None = None,
@@ -823,17 +867,7 @@ class VarlenSchedule:
             seq_lens: [num_seqs] int32.
             max_query_len: no query of this batch is longer (host).
             num_tokens: bound of the number of query tokens (host).
-            min_query_len: no query of this batch is shorter (host); decides whether
-                decodes are launched beside prefills. 0: not known, or a CUDA graph
-                will replay the launches for other batches.
-            num_prefills: no more sequences have queries longer than `longest_decode`
-                (host); decides whether keys are split. None: not known, as above. If it
-                is less than there are, rows may stay unwritten.
-            max_prefill_seq_len: none of these is longer, context included (host);
-                decides whether tiles are smaller instead. None: not known, as above.
-            work: as `count_work` says of the batch, if layers have nothing that keeps
-                prefills or decodes from Hopper's kernels; decides which multiprocessors
-                prefills get, and which decodes, at the same time. None: not known.
+            known: what the host knows besides, as `look_at` finds it.
             mm_prefix_range: as for this batch's calls of `varlen_attention`.
             mm_prefix_in_window: likewise.
             prefix_lens: likewise.
@@ -877,8 +911,9 @@ class VarlenSchedule:
         if max_query_len > MAX_DECODE_QUERY_LEN:
             # One at least: what is launched behind prefills depends on them.
             num_items = max(1, self.max_items(plan, num_tokens, num_seqs))
+            num_prefills, work = known.num_prefills, known.work
             size = (max_query_len, num_tokens, num_prefills)
-            small = self.small_plan(*size, max_prefill_seq_len)
+            small = self.small_plan(*size, known.max_prefill_seq_len)
             few = self.split_plan(*size) if small is None else None
             if small is not None:
                 plan = small
@@ -921,7 +956,7 @@ class VarlenSchedule:
         self.num_seqs = num_seqs
         self.work = self.items[:num_items]
         self.num_items = num_items
-        self.has_decodes = num_items == 0 or min_query_len <= self.longest_decode
+        self.has_decodes = num_items == 0 or known.min_query_len <= self.longest_decode
 
     def plan_launch(self, plan: AttentionPlan, sight: Sight) -> Launch:
         """Plans the launch that fills the work lists for kernels of this plan."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 
 from vllm.attention.ops.conch import (
@@ -34,6 +35,7 @@ from vllm.attention.ops.conch.reshape_and_cache import (
     PreparedWrite,
     min_large_tokens,
 )
+from vllm.attention.ops.conch.schedule import UNKNOWN
 from vllm.attention.ops.conch.varlen_attention import PreparedAttention
 from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
@@ -290,6 +292,14 @@ class ConchAttentionBackend(ConchBackendBase):
         return reasons
 
 
+class HostLengths(NamedTuple):
+    """A batch's lengths as far as the host knows them; see `VarlenSchedule.look_at`."""
+
+    query_lens: np.ndarray
+    seq_lens: np.ndarray | None  # or bounds
+    may_overlap: bool
+
+
 @dataclass
 class ConchAttentionMetadata(ConchMetadataBase):
     """One step's batch, for all layers of a group.
@@ -309,9 +319,7 @@ class ConchAttentionMetadata(ConchMetadataBase):
     prefix_lens: torch.Tensor | None  # [num_reqs] of R-SWA: tokens that all see
     schedules: dict[ScheduleKey, VarlenSchedule]
     share: conch_dcp.Share | None = None  # where ranks share the keys
-    query_lens: torch.Tensor | None = None  # [num_reqs] (host), if it may decide
-    seq_len_bounds: torch.Tensor | None = None  # [num_reqs] (host), likewise
-    may_overlap: bool = False  # decodes may run beside prefills
+    host_lengths: HostLengths | None = None  # if the host may decide by them
     # What all layers with one schedule have in common, see `step_kind`.
     kinds: dict[ScheduleKey, tuple] = field(default_factory=dict)
 
@@ -357,23 +365,15 @@ class ConchAttentionMetadata(ConchMetadataBase):
             if share.is_empty:
                 return
         for key, schedule in self.schedules.items():
-            known: dict[str, Any] = {}
-            if (lens := self.query_lens) is not None:
-                known["min_query_len"] = int(lens.min())
-                is_prefill = lens > schedule.longest_decode
-                known["num_prefills"] = int(is_prefill.sum())
-                if known["num_prefills"] and self.seq_len_bounds is not None:
-                    longest = int(self.seq_len_bounds[is_prefill].max())
-                    known["max_prefill_seq_len"] = longest
-                    if self.may_overlap:
-                        bounds = self.seq_len_bounds.numpy()
-                        known["work"] = schedule.count_work(lens.numpy(), bounds)
+            known = UNKNOWN
+            if self.host_lengths is not None:
+                known = schedule.look_at(*self.host_lengths)
             schedule.update(
                 self.query_start_loc,
                 seq_lens,
                 max_query_len=self.max_query_len,
                 num_tokens=self.num_actual_tokens,
-                **known,
+                known=known,
                 mm_prefix_range=self.mm_prefix_range,
                 mm_prefix_in_window=key.mm_prefix_in_window,
                 prefix_lens=self.prefix_lens if key.sees_prompt else None,
@@ -460,7 +460,6 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         if self.shares is not None:
             is_empty = self.has_no_context(common)
             share = self.shares.build(len(seq_lens), max_query_len, is_empty)
-        query_lens = self.query_lens(common)
         metadata = ConchAttentionMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=max_query_len,
@@ -473,11 +472,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             prefix_lens=self.update_prefix_lens(common),
             schedules=self.schedules,
             share=share,
-            query_lens=query_lens,
-            seq_len_bounds=self.seq_len_bounds(common, query_lens),
-            may_overlap=self.may_overlap
-            and isinstance(common.causal, bool)
-            and host_seq_lens(common) is not None,
+            host_lengths=self.host_lengths(common),
         )
         metadata.update_schedules()
         return metadata
@@ -520,28 +515,26 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             return common.num_actual_tokens
         return max(common.max_query_len, self.decode_query_len)
 
-    def query_lens(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
-        """Lengths of the queries, from which the host decides what is launched.
+    def host_lengths(self, common: CommonAttentionMetadata) -> HostLengths | None:
+        """Lengths from which the host decides what is launched.
 
         The kernel for decodes is left out where there are none. Where prefills are few,
-        keys are split, or tiles smaller if sequences are short. None where a CUDA graph
-        could keep that for others, or ranks share the keys.
+        keys are split, or tiles smaller if sequences are short. Decodes run beside
+        prefills. None where a CUDA graph could keep that for others, or ranks share the
+        keys.
         """
         is_replayed = common.max_query_len <= self.replayed_query_len
         if is_replayed or self.shares is not None or self.graphs_hold_any_batch():
             return None
-        return common.query_start_loc_cpu.diff()
-
-    def seq_len_bounds(
-        self, common: CommonAttentionMetadata, query_lens: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Bounds of the sequences' lengths, for the same purpose as `query_lens`."""
-        if query_lens is None:
-            return None
-        seq_lens = host_seq_lens(common)
-        if seq_lens is None:
-            return torch.full_like(query_lens, common.max_seq_len)
-        return seq_lens[: len(query_lens)]
+        starts = common.query_start_loc_cpu.numpy()
+        query_lens = starts[1:] - starts[:-1]
+        bounds = host_seq_lens(common)
+        if bounds is None:
+            seq_lens = np.full_like(query_lens, common.max_seq_len)
+            return HostLengths(query_lens, seq_lens, may_overlap=False)
+        may_overlap = self.may_overlap and isinstance(common.causal, bool)
+        seq_lens = bounds[: len(query_lens)].numpy()
+        return HostLengths(query_lens, seq_lens, may_overlap)
 
     def graphs_hold_any_batch(self) -> bool:
         """Whether CUDA graphs of mixed batches have the attention in them."""
@@ -1061,9 +1054,9 @@ class ConchAttentionImpl(ConchImplBase):
             schedules={self.schedule_key: schedule},
         )
         if shares is None and batch.alone:
-            metadata.query_lens = torch.tensor([query_len])
-            if batch.short:
-                metadata.seq_len_bounds = metadata.query_lens
+            query_lens = np.array([query_len])
+            seq_lens = query_lens if batch.short else None
+            metadata.host_lengths = HostLengths(query_lens, seq_lens, False)
         if shares is not None:
             metadata.share = shares.build(1, query_len, is_empty=False)
         metadata.update_schedules()

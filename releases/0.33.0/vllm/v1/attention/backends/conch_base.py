@@ -262,7 +262,7 @@ class ConchBuilderBase(AttentionMetadataBuilder):
             )
 
     def update_draft_decode_metadata(self, metadata: Any) -> None:
-        metadata.query_lens = None  # those of the draft's first step
+        metadata.host_lengths = None  # those of the draft's first step
         metadata.update_schedules()
 
 
