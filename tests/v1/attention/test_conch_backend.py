@@ -328,6 +328,26 @@ def test_alibi(use_sqrt: bool, batch: str) -> None:
     Engine([{"alibi_slopes": slopes} | options]).step(BATCHES[batch])
 
 
+def test_slopes_are_a_buffer_of_their_layer() -> None:
+    """Which vLLM's sleep mode keeps."""
+    engine = Engine([{"alibi_slopes": [0.5] * NUM_HEADS}])
+    impl, layer = engine.layers[0].impl, torch.nn.Module()
+    impl.see_layer(layer, engine.builder.kv_cache_spec)
+    assert [slopes is impl.alibi_slopes for slopes in layer.buffers()] == [True]
+    assert not layer.state_dict()
+
+
+@pytest.mark.parametrize("mode", ["NONE", "FULL"])
+def test_tokens_counted_in_numpy(mode: str) -> None:
+    """As some drafts count them."""
+    engine = Engine(cudagraph_mode=CUDAGraphMode[mode])
+    common = engine.fill(BATCHES["mixed"])
+    common.num_actual_tokens = np.int32(common.num_actual_tokens)
+    metadata = engine.builder.build(0, common)
+    assert type(metadata.num_actual_tokens) is type(metadata.max_query_len) is int
+    engine.check(engine.layers[0], metadata)
+
+
 def test_some_sequences_of_a_batch_are_causal() -> None:
     flags = torch.tensor([True, False, False, True], device=DEVICE)
     Engine([{}, {"sliding_window": 16}]).step(BATCHES["mixed"], causal=flags)

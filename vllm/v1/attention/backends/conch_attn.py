@@ -461,7 +461,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             is_empty = self.has_no_context(common)
             share = self.shares.build(len(seq_lens), max_query_len, is_empty)
         metadata = ConchAttentionMetadata(
-            num_actual_tokens=common.num_actual_tokens,
+            num_actual_tokens=int(common.num_actual_tokens),  # drafts may count in NumPy
             max_query_len=max_query_len,
             query_start_loc=common.query_start_loc,
             seq_lens=seq_lens,
@@ -512,7 +512,7 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         tokens.
         """
         if self.graphs_hold_any_batch():
-            return common.num_actual_tokens
+            return int(common.num_actual_tokens)
         return max(common.max_query_len, self.decode_query_len)
 
     def host_lengths(self, common: CommonAttentionMetadata) -> HostLengths | None:
@@ -754,6 +754,9 @@ class ConchAttentionImpl(ConchImplBase):
         """Takes over what models set on a layer after they have made it."""
         # A decoder of a prefix LM has all of its prompts see each other.
         self.is_never_causal |= getattr(spec, "non_causal", False)
+        if self.alibi_slopes is not None and isinstance(layer, torch.nn.Module):
+            # Of what is no weight, sleep mode keeps buffers alone.
+            layer.register_buffer("conch_slopes", self.alibi_slopes, persistent=False)
         in_window = getattr(layer, "mm_prefix_clamp_sliding_window", False)
         self.schedule_key = self.schedule_key._replace(mm_prefix_in_window=in_window)
 

@@ -9,7 +9,7 @@ its own, each half ends with one, an fp32. vLLM writes the cache through
 do_kv_cache_update before it calls forward.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -233,8 +233,21 @@ class ConchBackendBase(AttentionBackend):
         return PREFERRED_KV_CACHE_LAYOUTS
 
 
-class ConchMetadataBase:
-    """Metadata that the engine takes as it was built."""
+class ConchMetadataBase(ABC):
+    """Metadata from which a model may drop the ranges of images.
+
+    Gemma 4 does so for layers with full attention, which see in one direction.
+    """
+
+    @abstractmethod
+    def update_schedules(self) -> None:
+        """Recomputes the schedules, here without the ranges."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        had_ranges = getattr(self, "mm_prefix_range", None) is not None
+        super().__setattr__(name, value)
+        if name == "mm_prefix_range" and had_ranges and value is None:
+            self.update_schedules()
 
 
 class ConchBuilderBase(AttentionMetadataBuilder):
