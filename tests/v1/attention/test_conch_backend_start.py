@@ -355,14 +355,14 @@ def test_schedules_have_calls_of_their_own() -> None:
     assert schedules == expected and len(expected) == 2
 
 
-def test_one_tokens_stride_is_not_that_of_more() -> None:
+def test_the_stride_of_one_token_or_none_is_not_that_of_more() -> None:
     engine = Engine()
     (layer,) = engine.layers
     common = engine.fill([(3, 0)])
     _, key, value = engine.new_tokens(layer, 1)
     before = [cache.clone() for cache in layer.caches]
     kv_cache = bound_kv_cache(layer)
-    for count in (1, 3):
+    for count in (0, 1, 3):
         slots = common.slot_mapping[:count]
         layer.impl.write_kv_cache(layer, key[:count], value[:count], kv_cache, slots)
     assert key[:1].stride() == key.stride()

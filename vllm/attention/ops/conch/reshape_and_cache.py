@@ -416,7 +416,7 @@ def reshape_and_cache(
 
     Returns:
         What writes again, without checks, where only key, value and slot_mapping are
-        others; None where every token and head has a scale.
+        others; None where every token and head has a scale, or there is no token.
 
     Raises:
         ValueError: An argument has a wrong shape, dtype, device or stride.
@@ -448,6 +448,8 @@ def reshape_and_cache(
             launch(key, value, *caches, slot_mapping, k_scale, v_scale, rotation)
         return None
     launches = prepare(*signatures)
+    if slot_mapping.shape[0] == 0:  # strides of no token are not those of others
+        return None
     if key_cache.dtype == key.dtype:
         k_scale = v_scale = None
     else:
