@@ -44,6 +44,24 @@ INTERPRETER = {
 # FlashInfer's sampler is compiled with nvcc, which a machine with a GPU need not have.
 ON_GPU = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 NO_TESTS = 5  # pytest's exit status
+# Kernels are the same files on every release, and tested whole on the newest. On others
+# a file or more runs for each of their functions.
+KERNEL_TESTS = [
+    f"tests/kernels/{name}.py"
+    for name in (
+        "attention/test_conch_attention_errors",
+        "attention/test_conch_cache",
+        "attention/test_conch_cuda_graph",
+        "attention/test_conch_gluon",
+        "attention/test_conch_hopper",
+        "attention/test_conch_launch",
+        "attention/test_conch_plan",
+        "attention/test_conch_selector",
+        "attention/test_conch_shares",
+        "attention/test_conch_varlen_attention",
+        "quantization/test_conch_fp8_quant",
+    )
+]
 
 
 @dataclass(frozen=True)
@@ -230,16 +248,18 @@ def tests(session: nox.Session, subject: str) -> None:
     copy_tests(tree, subject, folder)
     session.chdir(folder)
     pytest += ["-c", "pytest.ini", "--rootdir", "."]
-    if subject != RELEASES[0]:  # all have the same kernels: compiled for once
-        pytest.append("--ignore-glob=*/test_conch_*_compile.py")
     side_by_side = ["-n", str(min(os.cpu_count() or 1, 8))]
     demo_tests, environment = str(HERE / "demo"), INTERPRETER
-    runs = [[*side_by_side, demo_tests, str(HERE / "interpreter"), "tests"]]
+    kernel_tests = ["tests/kernels"] if subject == RELEASES[0] else KERNEL_TESTS
+    engine_tests = [demo_tests, "tests/v1/e2e"]
+    other_tests = [*kernel_tests, "tests/v1/attention"]
+    runs = [[*side_by_side, str(HERE / "interpreter"), *engine_tests, *other_tests]]
     if has_nvidia_gpu():
         environment = ON_GPU
         # Engines one at a time, as each takes a share of the GPU's memory.
-        runs = [[demo_tests, "tests/v1/e2e"]]
-        runs += [[*side_by_side, "tests/kernels", "tests/v1/attention"]]
+        runs = [engine_tests, [*side_by_side, *other_tests]]
+    if any(argument.startswith("tests/") for argument in session.posargs):
+        runs = [side_by_side]
     for run in runs:
         codes = [0, NO_TESTS] if session.posargs else [0]
         session.run(*pytest, *run, env=environment, success_codes=codes)

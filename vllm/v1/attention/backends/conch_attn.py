@@ -523,6 +523,8 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         prefills. None where a CUDA graph could keep that for others, or ranks share the
         keys.
         """
+        # Also where a KV-sharing layer attends the last tokens of prompts alone, the
+        # lengths of which are still on their way to the host.
         is_replayed = common.max_query_len <= self.replayed_query_len
         if is_replayed or self.shares is not None or self.graphs_hold_any_batch():
             return None
