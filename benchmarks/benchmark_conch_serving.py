@@ -121,6 +121,7 @@ class Case(NamedTuple):
 
         Raises:
             ValueError: if it is not that.
+
         """
         try:
             prompts, lengths = text.split("x")
@@ -185,6 +186,7 @@ def between_tokens(steps: Sequence[tuple[float, int]], prompts: int) -> float | 
     Args:
         steps: time in seconds and number of sequences that got a token, of each step.
         prompts: the number of sequences.
+
     """
     full = [
         1e3 * (end - begin)
@@ -457,6 +459,7 @@ def compare(a: Sequence[dict], b: Sequence[dict]) -> dict[str, float]:
         prompt: largest difference of the prompts' log-probabilities; agreeing, total:
         generated tokens before the first that differs, and all; generated: largest
         difference of their log-probabilities, the first different token's included.
+
     """
     found = {"prompt": 0.0, "agreeing": 0, "total": 0, "generated": 0.0}
     for one, other in zip(a, b, strict=True):

@@ -176,6 +176,7 @@ def check(output: torch.Tensor, probes: Sequence[Probe], unit: torch.dtype) -> E
 
     Raises:
         WrongResult: an element is not finite, or off by more than the tolerance.
+
     """
     if not bool(torch.isfinite(output).all()):
         raise WrongResult("not finite, or rows were not written")
@@ -263,6 +264,7 @@ def verify(
 
     Raises:
         WrongResult: with what is wrong.
+
     """
     query = provider.query(inputs)
     if query.dtype not in probes:

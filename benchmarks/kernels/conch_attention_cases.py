@@ -165,6 +165,7 @@ def parse_case(text: str, defaults: Case) -> Case:
 
     Raises:
         ValueError: naming the part that cannot be read.
+
     """
     batch, *options = text.strip().split("@")
     lengths: list[tuple[int, int]] = []

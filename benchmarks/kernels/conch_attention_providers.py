@@ -192,6 +192,7 @@ class Provider(ABC):
 
         Raises:
             Unavailable: with the reason.
+
         """
 
     def query(self, inputs: Inputs) -> torch.Tensor:

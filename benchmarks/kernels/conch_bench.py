@@ -275,6 +275,7 @@ class Table:
             path: of the file; None: only print.
             widths: of printed columns that need more or less than 7 or their name; a
                 column of width 0 goes to the file alone.
+
         """
         self.fields = list(fields)
         given = widths or {}

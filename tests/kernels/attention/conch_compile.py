@@ -66,6 +66,7 @@ def compile_for(
         kernel: The kernel.
         *args: Its arguments; tensors on the CPU or the meta device will do.
         **kwargs: Constants and options such as num_warps.
+
     """
     backend = triton.compiler.make_backend(target)
     kwargs = {"debug": False, "instrumentation_mode": ""} | kwargs

@@ -403,6 +403,7 @@ def with_tiles(
         tile: keys.
         masked_tile: keys, where prefill masks a tile.
         boxes: prefill reads K and V in boxes where it can; else never.
+
     """
     chosen = schedule.plan_for
 

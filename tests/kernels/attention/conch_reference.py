@@ -106,6 +106,7 @@ def attention(
         sinks: [num_query_heads] logits of a key whose value is 0.
         dtype: Of all arithmetic. The dtype of the query gives what a plain
             half-precision implementation reaches.
+
     """
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     query = query.to(dtype).unflatten(1, (num_kv_heads, num_heads // num_kv_heads))

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,6 +112,10 @@ BAD_BATCHES = [
     ("softcap", "so large that tanh is 0", change("softcap", lambda x: 1e6)),
     ("softcap", "None", change("softcap", lambda x: None)),
     ("scale", "a word", change("scale", lambda x: "x")),
+    ("max_query_len", "None", change("max_query_len", lambda n: None)),
+    ("sliding_window", "a tensor", change("sliding_window", lambda n: torch.tensor(8))),
+    ("chunk_lookback", "None", windowed(chunk_lookback=None)),
+    ("alibi_sqrt", "no slopes", change("alibi_sqrt", lambda _: True)),
     ("sliding_window", "a fraction", change("sliding_window", lambda n: 1.5)),
     ("query", "heads far apart", change("query", heads_far_apart)),
     ("sliding_window", "zero", change("sliding_window", lambda n: 0)),
@@ -129,6 +134,9 @@ BAD_BATCHES = [
     ("alibi_slopes", "fp16", change("alibi_slopes", lambda t: ones(4).half())),
     ("alibi_slopes", "stride", change("alibi_slopes", lambda t: ones(8)[::2])),
     ("alibi_slopes", "device", change("alibi_slopes", lambda t: elsewhere(ones(4)))),
+    ("causal", "a word", change("causal", lambda _: "no")),
+    ("causal", "None", change("causal", lambda _: None)),
+    ("causal", "a list", change("causal", lambda _: [True, False])),
     ("causal", "float", change("causal", lambda t: ones(2))),
     ("causal", "2-D", change("causal", lambda t: ones(2, 1).int())),
     ("causal", "rows", change("causal", lambda t: ones(1).int())),
@@ -216,6 +224,54 @@ def test_bad_batches(argument, what, spoil):
     assert_refused(argument, spoil(make_batch([(1, 20), (3, 3)])))
 
 
+MESSAGES = [
+    ("scale", torch.tensor(0.1), "got Tensor.* Pass float.scale."),
+    ("scale", np.float32(0.1), "got float32.* Pass float.scale."),
+    ("softcap", np.float32(20.0), "got float32.* Pass float.softcap."),
+    ("max_query_len", torch.tensor(3), "got Tensor.* Pass int.max_query_len."),
+    ("causal", "no", "got str, allowed: a bool"),
+    ("causal", ones(2), "got torch.float32, allowed: torch.bool, torch.int32.$"),
+]
+
+
+@pytest.mark.parametrize("argument, value, message", MESSAGES, ids=ids)
+def test_what_may_come_instead(argument, value, message):
+    batch = change(argument, lambda _: value)(make_batch([(1, 20), (3, 3)]))
+    with pytest.raises(ValueError, match=f"^{argument}: {message}"):
+        call(batch, torch.empty(batch.query.shape, device=DEVICE))
+
+
+@pytest.mark.parametrize("schedule", [3, "good", VarlenSchedule], ids=str)
+def test_what_is_no_schedule(schedule):
+    batch = make_batch([(1, 20), (3, 3)])
+    with pytest.raises(ValueError, match="^schedule: got .*a VarlenSchedule or None"):
+        call(batch, torch.empty(batch.query.shape, device=DEVICE), schedule=schedule)
+
+
+def test_numbers_of_numpy():
+    """Integers count as Python's, with a schedule and without."""
+    batch = make_batch([(1, 20), (3, 3)], sliding_window=8)
+    options = dict(sliding_window=np.int64(8), max_query_len=np.int32(3))
+    same = dataclasses.replace(batch, **options)
+    sizes = dict(max_num_seqs=np.int64(2), max_num_tokens=np.int32(len(batch.query)))
+    results = [torch.zeros(batch.query.shape, device=DEVICE) for _ in range(3)]
+    schedule = update(make_schedule(same, **sizes), same)
+    assert type(schedule.max_query_len) is type(schedule.sight.sliding_window) is int
+    call(batch, results[0])
+    call(same, results[1])
+    call(same, results[2], schedule=schedule)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_good_window_after_a_bad_one():
+    """Of a bad one, equal as it may be, nothing is kept."""
+    batch = make_batch([(1, 20), (3, 3)])
+    good = dataclasses.replace(batch, sliding_window=177)
+    assert_refused("sliding_window", dataclasses.replace(batch, sliding_window=177.0))
+    attend_plainly(good, update(make_schedule(good), good))
+
+
 @pytest.mark.parametrize("argument, what, options", BAD_FP8_BATCHES, ids=ids)
 def test_bad_fp8_queries(argument, what, options):
     options = {"query_dtype": FP8, "kv_dtype": FP8, "dtype": torch.float16} | options
@@ -245,6 +301,9 @@ BAD_AFTER_GOOD = [
     ("a list", "sinks", ones(4), [1.0] * 4),
     ("heads", "alibi_slopes", ones(4), ones(2)),
     ("a list", "alibi_slopes", ones(4), [1.0] * 4),
+    ("a word", "causal", True, "no"),
+    ("a list", "causal", True, [True, False]),
+    ("no slopes", "alibi_sqrt", False, True),
     ("two", "k_scale", ones(1), ones(2)),
     ("a number", "k_scale", ones(1), 2.0),
     ("two", "v_scale", ones(1), ones(2)),
@@ -354,6 +413,8 @@ def test_a_schedule_updated_for_another_number_of_sequences():
     "argument, value",
     [
         ("max_num_seqs", 0),
+        ("max_num_seqs", None),
+        ("num_workers", 1.5),
         ("max_num_tokens", 0),
         ("num_query_heads", 3),
         ("num_kv_heads", 0),
@@ -367,11 +428,13 @@ def test_a_schedule_updated_for_another_number_of_sequences():
         ("decode_query_len", 0),
         ("sliding_window", 0),
         ("chunk_lookback", 0),
+        ("device", None),
+        ("device", "nowhere"),
     ],
 )
 def test_bad_schedules(argument, value):
     named = "kv_dtype" if argument == "token_scales" else argument
-    with pytest.raises(ValueError, match=rf"\b{named}\b"):
+    with pytest.raises(ValueError, match=rf"^{named}: got "):
         make_schedule(make_batch([(1, 20)]), **{argument: value})
 
 
@@ -379,7 +442,7 @@ def test_bad_schedules(argument, value):
 def test_a_batch_larger_than_the_schedule(argument):
     batch = make_batch([(1, 20), (3, 3)])
     schedule = make_schedule(batch, **{argument: 1})
-    with pytest.raises(ValueError, match=argument):
+    with pytest.raises(ValueError, match=f"up to 1. Make .* larger {argument}"):
         update(schedule, batch)
 
 
@@ -395,9 +458,20 @@ def test_bad_limits_of_an_update(argument, spoil):
 
 
 @pytest.mark.parametrize("argument", ["query_start_loc", "seq_lens"])
-@pytest.mark.parametrize("spoil", [torch.Tensor.long, strided_last, elsewhere])
+@pytest.mark.parametrize(
+    "spoil", [torch.Tensor.long, strided_last, elsewhere, torch.Tensor.tolist]
+)
 def test_bad_updates(spoil, argument):
     batch = change(argument, spoil)(make_batch([(1, 20), (3, 3)]))
     schedule = make_schedule(batch)
     with pytest.raises(ValueError, match=rf"\b{argument}\b"):
         update(schedule, batch)
+
+
+@pytest.mark.parametrize("argument", ["max_query_len", "num_tokens"])
+@pytest.mark.parametrize("value", [None, -1, 2.5, torch.tensor(3)], ids=str)
+def test_bad_numbers_of_an_update(value, argument):
+    batch = make_batch([(1, 20), (3, 3)])
+    numbers = {"max_query_len": 3, "num_tokens": 4, argument: value}
+    with pytest.raises(ValueError, match=f"^{argument}: got "):
+        make_schedule(batch).update(batch.query_start_loc, batch.seq_lens, **numbers)

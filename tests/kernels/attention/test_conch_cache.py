@@ -82,6 +82,7 @@ def make_write(
         skipped: Part of the tokens that have no slot.
         scales: k_scale and v_scale.
         (the rest is as in the call)
+
     """
     generator = torch.Generator().manual_seed(seed)
     rows, width = num_tokens + padding, num_kv_heads * head_size
@@ -436,6 +437,7 @@ ERRORS = {
         (lambda w: replace(w, key=w.key[..., ::2]), "strides"),
         (lambda w: replace(w, key=w.key[:, :0], value=w.value[:, :0]), "shape"),
         (lambda w: replace(w, key=w.key.tolist()), "list"),
+        (lambda w: replace(w, key=None), "NoneType"),
     ],
     "value": [
         (lambda w: replace(w, value=w.value[:3]), "shape"),
@@ -446,6 +448,7 @@ ERRORS = {
             "strides",
         ),
         (lambda w: replace(w, value=w.value.to("meta")), "device meta"),
+        (lambda w: replace(w, value=None), "NoneType"),
     ],
     "key_cache": [
         (lambda w: replace(w, key_cache=w.key_cache[0]), "shape"),
@@ -454,6 +457,7 @@ ERRORS = {
         (lambda w: replace(w, key_cache=w.key_cache.float()), "float32"),
         (lambda w: replace(w, key_cache=w.key_cache[:, :0]), "shape"),
         (lambda w: replace(w, key_cache=w.key_cache.to("meta")), "device meta"),
+        (lambda w: replace(w, key_cache=None), "NoneType"),
     ],
     "value_cache": [
         (lambda w: replace(w, value_cache=w.value_cache[1:]), "shape"),
@@ -462,6 +466,7 @@ ERRORS = {
             lambda w: replace(w, value_cache=w.value_cache.to(torch.float8_e5m2)),
             "e5m2",
         ),
+        (lambda w: replace(w, value_cache=None), "NoneType"),
     ],
     "slot_mapping": [
         (lambda w: replace(w, slot_mapping=w.slot_mapping[None]), "shape"),
@@ -470,6 +475,7 @@ ERRORS = {
         (lambda w: replace(w, slot_mapping=w.slot_mapping.repeat(2)), "slots"),
         (lambda w: replace(w, slot_mapping=w.slot_mapping[::2]), "strides"),
         (lambda w: replace(w, slot_mapping=w.slot_mapping.to("meta")), "device meta"),
+        (lambda w: replace(w, slot_mapping=None), "NoneType"),
     ],
     "k_scale": [
         (lambda w: replace(w, k_scale=torch.ones(2, device=DEVICE)), "shape"),

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.v1.attention.conch_release import AttentionBackendEnum, get_attn_backend
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.v1.attention.conch_release import AttentionBackendEnum, get_attn_backend
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import DeviceCapability

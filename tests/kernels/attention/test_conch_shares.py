@@ -150,6 +150,8 @@ def test_errors_of_numbers_and_types() -> None:
         count_keys(integers, integers[:2], counts.long(), **options)
     with pytest.raises(ValueError, match="query_start_loc: got shape"):
         count_keys(integers[:2], integers[:2], counts, **options)
+    with pytest.raises(ValueError, match="seq_lens: got NoneType"):
+        count_keys(integers, None, counts, **options)
     rows = torch.zeros(2, 2, 16, device=DEVICE)
     with pytest.raises(ValueError, match="share: got 2"):
         weigh_share(rows, torch.zeros(2, 2, 2, device=DEVICE), 2)

@@ -4,6 +4,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -256,7 +257,7 @@ def test_padding(mode: str) -> None:
     assert torch.equal(bits(output[:5]), bits(expected))
     assert scales.shape == ((17, 1) if mode.startswith("per_token") else (1,))
     assert torch.equal(scales.cpu()[:5], expected_scales)
-    output, _ = quantize(x, mode, num_token_padding=3)
+    output, _ = quantize(x, mode, num_token_padding=np.int32(3))
     assert output.shape == (5, 64)
 
 
@@ -319,7 +320,12 @@ ERRORS = [
     ("scale_ub", {"scale_ub": ONE}, "per_token"),
     ("scale_ub", {"scale_ub": ONE, "scale": ONE}, "per_token"),
     ("scale_ub", {"scale_ub": ONE.double(), "per_token": True}, "float64"),
-    ("output", {"dtype": torch.int8}, "int8"),
+    ("dtype", {"dtype": torch.int8}, "int8"),
+    ("dtype", {"dtype": torch.float16}, "float16"),
+    ("dtype", {"dtype": "fp8"}, "fp8"),
+    ("num_token_padding", {"num_token_padding": "a"}, "str"),
+    ("num_token_padding", {"num_token_padding": -1}, "-1"),
+    ("num_token_padding", {"num_token_padding": torch.tensor(4)}, "Tensor"),
     ("output", {"output": torch.ones(2, 16, device=DEVICE)}, "float32"),
     ("output", {"output": nan_filled(2, 8, dtype=E4M3, device=DEVICE)}, "shape"),
     ("output", {"output": nan_filled(1, 16, dtype=E4M3, device=DEVICE)}, "rows"),
@@ -347,6 +353,13 @@ def test_errors(name: str, arguments: dict, detail: str) -> None:
     call = {"input": torch.ones(2, 16, device=DEVICE)} | arguments
     with pytest.raises(ValueError, match=rf"^{name}: got (?=.*{detail}).*allowed: "):
         scaled_fp8_quant(**call)
+
+
+@pytest.mark.parametrize("name", ["scale", "scale_ub"])
+def test_errors_of_scales_speak_of_no_cache(name: str) -> None:
+    call = {name: torch.ones(2, device=DEVICE), "per_token": name == "scale_ub"}
+    with pytest.raises(ValueError, match="allowed: a .* of one element.$"):
+        scaled_fp8_quant(torch.ones(2, 16, device=DEVICE), **call)
 
 
 @gpu_only

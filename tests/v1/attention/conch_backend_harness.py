@@ -13,14 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.v1.attention.conch_release import (
-    KV_LAYOUTS,
-    AttentionSelectorConfig,
-    bind_kv_cache,
-    make_kv_cache,
-    make_spec,
-    run_layer,
-)
 
 from tests.kernels.attention.conch_harness import (
     DEVICE,
@@ -35,6 +27,14 @@ from tests.kernels.attention.conch_reference import (
     fp8_output_tolerance,
     output_tolerance,
     paged_attention,
+)
+from tests.v1.attention.conch_release import (
+    KV_LAYOUTS,
+    AttentionSelectorConfig,
+    bind_kv_cache,
+    make_kv_cache,
+    make_spec,
+    run_layer,
 )
 from vllm.attention.ops.conch import hopper_fp8_prefill
 from vllm.attention.ops.conch.launch import BoundLaunch

@@ -9,12 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.v1.attention.conch_release import (
-    KV_LAYOUTS,
-    bind_kv_cache,
-    build_with_images,
-    run_layer,
-)
 
 from tests.kernels.attention.conch_harness import (  # noqa: F401
     DEVICE,
@@ -31,6 +25,12 @@ from tests.v1.attention.conch_backend_harness import (
     discard_buffers,
     needs_diffusion,
     needs_rswa,
+)
+from tests.v1.attention.conch_release import (
+    KV_LAYOUTS,
+    bind_kv_cache,
+    build_with_images,
+    run_layer,
 )
 from vllm.attention.ops.conch import hopper_prefill
 from vllm.attention.ops.conch.overlap import count_work

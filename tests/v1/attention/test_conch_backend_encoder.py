@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tests.v1.attention.conch_release import bind_kv_cache, run_layer
 
 from tests.kernels.attention.conch_harness import (  # noqa: F401
     DEVICE,
@@ -29,6 +28,7 @@ from tests.v1.attention.conch_backend_harness import (
     Engine,
     discard_buffers,
 )
+from tests.v1.attention.conch_release import bind_kv_cache, run_layer
 from vllm.v1.attention.backends.conch_base import AttentionType
 
 ENCODER_TYPES = [AttentionType.ENCODER, AttentionType.ENCODER_ONLY]

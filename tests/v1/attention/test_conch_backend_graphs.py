@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.v1.attention.conch_release import make_spec, run_layer
 
 from tests.kernels.attention.conch_harness import (  # noqa: F401
     DEVICE,
@@ -23,6 +22,7 @@ from tests.v1.attention.conch_backend_harness import (
     Engine,
     make_config,
 )
+from tests.v1.attention.conch_release import make_spec, run_layer
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backends.conch_attn import ConchAttentionMetadataBuilder
 from vllm.v1.attention.backends.conch_base import AttentionCGSupport

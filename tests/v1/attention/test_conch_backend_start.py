@@ -11,13 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.v1.attention.conch_release import (
-    KV_LAYOUTS,
-    bind_kv_cache,
-    build_with_images,
-    make_kv_cache,
-    run_layer,
-)
 
 from tests.kernels.attention.conch_devices import DEVICES, use_device
 from tests.kernels.attention.conch_harness import (  # noqa: F401
@@ -37,6 +30,13 @@ from tests.v1.attention.conch_backend_harness import (
     Engine,
     record_variants,
     variants_of_warm_up,
+)
+from tests.v1.attention.conch_release import (
+    KV_LAYOUTS,
+    bind_kv_cache,
+    build_with_images,
+    make_kv_cache,
+    run_layer,
 )
 from vllm.attention.ops.conch import schedule as schedule_module
 from vllm.platforms import current_platform

@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from tests.v1.attention.conch_release import AttentionSelectorConfig
 
 from tests.kernels.attention.conch_harness import (  # noqa: F401
     DEVICE,
@@ -20,6 +19,7 @@ from tests.v1.attention.conch_backend_harness import (
     needs_rswa,
     selector_config,
 )
+from tests.v1.attention.conch_release import AttentionSelectorConfig
 from vllm.config.cache import CacheDType
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability

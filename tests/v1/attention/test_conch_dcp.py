@@ -16,13 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.v1.attention.conch_release import (
-    KV_LAYOUTS,
-    bind_kv_cache,
-    make_kv_cache,
-    make_spec,
-    run_layer,
-)
 
 from tests.kernels.attention.conch_devices import use_device
 from tests.kernels.attention.conch_harness import (  # noqa: F401
@@ -43,6 +36,13 @@ from tests.v1.attention.conch_backend_harness import (
     discard_buffers,
     record_variants,
     variants_of_warm_up,
+)
+from tests.v1.attention.conch_release import (
+    KV_LAYOUTS,
+    bind_kv_cache,
+    make_kv_cache,
+    make_spec,
+    run_layer,
 )
 from vllm.attention.ops.conch.plan import this_device
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config

@@ -104,6 +104,7 @@ def run_kernel(
     Raises:
         RuntimeError, IndexError, OverflowError, TypeError: for what would be undefined
             or never end on a GPU; what it was is said.
+
     """
     function: Callable = KERNELS.translate(kernel)
     named = dict(zip(kernel.arg_names, arguments))

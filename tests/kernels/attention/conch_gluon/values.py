@@ -177,6 +177,7 @@ def binary(
         b: the second.
         result: type of the result; None: the common one.
         floats: integers become floats first.
+
     """
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
         return apply(a, b)

@@ -51,6 +51,7 @@ class Family:
         config_class: the configuration class, where it has another name.
         num_attention_layers: layers that CONCH runs.
         attention: Hugging Face's, where its plain one is not to be had.
+
     """
 
     name: str
@@ -296,6 +297,7 @@ def expected_with_mask(
         visible: from positions of queries [N, 1] and of keys [N] and the prompt's
             length, which of the keys up to its own a query sees.
         layer_type: which layers have the mask; the others are causal. None: all.
+
     """
     results = []
     for prompt in prompts:

@@ -7,16 +7,20 @@ import math
 import torch
 
 from .checks import (
+    CACHE_SCALES,
+    LENGTH,
     TensorSpec,
     check_device,
     check_dtype,
     check_last_stride,
+    check_number,
     check_scale,
     check_shape,
     check_tensor,
     free_strides,
     reject,
     signature,
+    whole_number,
 )
 from .fp8 import FP8_DTYPES
 from .plan import (
@@ -33,7 +37,7 @@ from .plan import (
     reads_e4m3,
     this_device,
 )
-from .schedule import Sight, VarlenSchedule, check_window
+from .schedule import Sight, VarlenSchedule
 
 FEATURES = (
     "sinks",
@@ -146,7 +150,8 @@ def check_arguments(tensors: dict[str, torch.Tensor | None]) -> dict[str, Tensor
         check_last_stride("alibi_slopes", slopes)
     if causal := specs.get("causal"):
         check_shape("causal", causal, ("num_seqs",), (None,))
-        check_dtype("causal", causal, (torch.uint8, torch.int32), "Or pass bool.")
+        if causal.dtype not in (torch.uint8, torch.int32):  # bool came as uint8
+            reject("causal", causal.dtype, "torch.bool, torch.int32")
         check_last_stride("causal", causal)
     if ranges := specs.get("mm_prefix_range"):
         check_integers("mm_prefix_range", specs, ("num_seqs", "num_ranges", "2"))
@@ -186,7 +191,7 @@ def check_cache_scales(specs: dict[str, TensorSpec]) -> None:
             reject("k_scale", got, f"[num_blocks, block_size, num_kv_heads], {allowed}")
         for name in names:
             if spec := specs.get(name):
-                check_scale(name, spec, "query", query)
+                check_scale(name, spec, "query", query, CACHE_SCALES)
         return
     if key_cache.dtype not in KV_SCALED_DTYPES or query.dtype == QUERY_FP8_DTYPE:
         reject(
@@ -218,19 +223,31 @@ def check_integers(
 
 
 def check_options(
-    scale: float, softcap: float, causal: bool, sight: Sight, max_query_len: int
+    scale: float,
+    softcap: float,
+    causal: bool,
+    sight: Sight,
+    max_query_len: int,
+    alibi_sqrt: bool,
+    has_slopes: bool,
 ) -> None:
     """ValueErrors of numbers and of what does not go together.
 
     causal: of every sequence.
     """
-    if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
-        reject("scale", scale, "a positive number")
+    allowed = "a positive number"
+    check_number("scale", scale, allowed)
+    if not (math.isfinite(scale) and scale > 0):
+        reject("scale", scale, allowed)
     smallest, largest = SOFTCAPS
-    is_number = isinstance(softcap, (int, float))
-    if not (is_number and (softcap == 0 or smallest <= softcap <= largest)):
-        reject("softcap", softcap, f"{smallest} to {largest}, or 0 for none")
-    check_window(sight.sliding_window, sight.chunk_lookback)
+    allowed = f"{smallest} to {largest}, or 0 for none"
+    check_number("softcap", softcap, allowed)
+    if not (softcap == 0 or smallest <= softcap <= largest):
+        reject("softcap", softcap, allowed)
+    if not isinstance(causal, bool):
+        reject("causal", type(causal).__name__, "a bool, or a tensor of flags")
+    if alibi_sqrt and not has_slopes:
+        reject("alibi_sqrt", alibi_sqrt, "False without alibi_slopes")
     if sight.chunk_lookback >= 0 and not causal:
         reject("chunk_lookback", sight.chunk_lookback, "-1 where causal is not True")
     if sight.has_prefix and (sight.sliding_window is None or sight.chunk_lookback >= 0):
@@ -245,8 +262,7 @@ def check_options(
         if window % chunks:
             allowed = f"a multiple of {chunks}, its chunks, with mm_prefix_in_window"
             reject("sliding_window", window, allowed)
-    if not isinstance(max_query_len, int) or max_query_len < 0:
-        reject("max_query_len", max_query_len, "a length on the host, 0 or more")
+    whole_number("max_query_len", max_query_len, LENGTH, 0)
 
 
 def check_schedule(specs: dict[str, TensorSpec], shape: Shape) -> None:
@@ -282,6 +298,8 @@ def check_batch(
 
     Those are about first sizes, which launches are not planned for.
     """
+    if not isinstance(schedule, VarlenSchedule):
+        reject("schedule", type(schedule).__name__, "a VarlenSchedule or None")
     sizes = {n: first_size(t) for n, t in tensors.items() if t is not None}
     num_seqs = sizes["seq_lens"]
     if sizes["query_start_loc"] != num_seqs + 1:

@@ -8,10 +8,20 @@ its checks, and what follows from them, into one helper under `functools.lru_cac
 and calls it with the `signature` of each tensor, which costs well under 1 us each.
 """
 
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+
+# What to do about a scale of a cache that is not one element.
+CACHE_SCALES = (
+    "Scales per head or per channel are not supported; those of a cache may be per"
+    " token and head."
+)
+# What may come as a length that the host must know.
+LENGTH = "a length on the host, 0 or more"
 
 
 class TensorSpec(NamedTuple):
@@ -28,13 +38,18 @@ def signature(tensor: torch.Tensor) -> tuple:
     return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
-def signatures_of(tensors: dict[str, torch.Tensor | None]) -> list[tuple | None]:
-    """The signature of each tensor, None for None; a ValueError for what is neither."""
+def signatures_of(
+    tensors: dict[str, torch.Tensor | None], optional: Collection[str]
+) -> list[tuple | None]:
+    """The signature of each tensor, of the optional None for None; or a ValueError."""
     try:
-        return [None if t is None else signature(t) for t in tensors.values()]
+        return [
+            None if tensor is None and name in optional else signature(tensor)
+            for name, tensor in tensors.items()
+        ]
     except AttributeError:
         for name, tensor in tensors.items():
-            if tensor is not None:
+            if tensor is not None or name not in optional:
                 check_tensor(name, tensor)
         raise
 
@@ -56,6 +71,29 @@ def check_tensor(name: str, value: object) -> None:
         reject(name, type(value).__name__, "a torch.Tensor")
 
 
+def check_number(name: str, value: object, allowed: str) -> None:
+    """Rejects what is no number of Python's."""
+    if not isinstance(value, (int, float)):
+        advice = f"Pass float({name})." if hasattr(value, "__float__") else ""
+        reject(name, type(value).__name__, allowed, advice)
+
+
+def whole_number(name: str, value: Any, allowed: str, least: float = -math.inf) -> int:
+    """The value, which may be of numpy, as an int; a ValueError for others.
+
+    Tensors are others: to read one would wait for the device.
+    """
+    if isinstance(value, torch.Tensor):
+        reject(name, type(value).__name__, allowed, f"Pass int({name}).")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        reject(name, type(value).__name__, allowed)
+    if number < least:
+        reject(name, number, allowed)
+    return number
+
+
 def check_shape(
     name: str,
     spec: TensorSpec,
@@ -71,6 +109,7 @@ def check_shape(
         dims: Names of the dimensions, for the message.
         expected: Size of each dimension; None allows any.
         advice: What to do about it.
+
     """
     sizes_match = len(spec.shape) == len(expected) and all(
         want is None or want == size for want, size in zip(expected, spec.shape)
@@ -114,7 +153,11 @@ def check_last_stride(name: str, spec: TensorSpec) -> None:
 
 
 def check_scale(
-    name: str, spec: TensorSpec, reference_name: str, reference: TensorSpec
+    name: str,
+    spec: TensorSpec,
+    reference_name: str,
+    reference: TensorSpec,
+    advice: str = "",
 ) -> None:
     """Rejects a scale that is not one fp32 element on the device."""
     if spec.dtype != torch.float32 or any(size != 1 for size in spec.shape):
@@ -122,8 +165,7 @@ def check_scale(
             name,
             f"{spec.dtype} of shape {list(spec.shape)}",
             "a torch.float32 tensor of one element",
-            "Scales per head or per channel are not supported; those of a cache may be"
-            " per token and head.",
+            advice,
         )
     check_device(name, spec, reference_name, reference)
 

@@ -95,6 +95,7 @@ def plan_launch(
         causal: as for `hopper_prefill`.
         sliding_window: likewise.
         overlaps: whether the launch follows that of prefills; see `overlap`.
+
     """
     from .hopper_decode_kernel import hopper_decode_kernel
 

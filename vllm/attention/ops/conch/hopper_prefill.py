@@ -188,6 +188,7 @@ def describe_pages(cache: torch.Tensor, box: tuple[int, ...]):
     Args:
         cache: [num_blocks, block_size, num_kv_heads, head_size].
         box: [1, slots, 1, dims].
+
     """
     num_blocks, block_size, *heads = cache.shape
     page, slot, *_ = cache.stride()
@@ -296,6 +297,7 @@ def plan_kernel(
         options: of the attention.
         panel: elements of a head that a box holds.
         own: constants that only this kernel has, and num_warps.
+
     """
     _, block_size, num_kv_heads, head_size = key_cache.shape
     num_query_heads = query.shape[1]
@@ -412,6 +414,7 @@ def hopper_prefill(
             one key more, which every query sees and whose value is 0. It counts in
             output_lse.
         config: tile and pipeline, default by head size.
+
     """
     for name, tensor in (
         ("query", query), ("key_cache", key_cache), ("value_cache", value_cache)

@@ -126,6 +126,7 @@ class Variant:
         Args:
             described: the descriptors.
             first: number of descriptors before them.
+
         """
         known = described.encoded.get(self)
         if known is not None:
@@ -220,6 +221,7 @@ class Launch:
             grid: Number of programs along up to three axes.
             arguments: Integers, floats and tuples of them.
             constants: Every constexpr parameter, and options such as num_warps.
+
         """
         self.kernel = kernel
         self.grid = grid + (1,) * (3 - len(grid))
@@ -248,6 +250,7 @@ class Launch:
             described: descriptors, each with the same dtype and box in all calls of one
                 object.
             grid: replaces that of the constructor.
+
         """
         self.bind()(*tensors, varying=varying, described=described, grid=grid)
 
@@ -356,6 +359,7 @@ class BoundLaunch:
             varying: likewise.
             described: likewise.
             grid: likewise.
+
         """
         launch = self.launch
         programs = launch.grid if grid is None else (*grid, 1)

@@ -87,6 +87,7 @@ def count_work(
         is_prefill: [num_seqs] bool; others with new tokens are decodes.
         tokens_per_tile: new tokens of a decode in a tile of rows; may be less than 1.
         window: keys that a query sees; None: all.
+
     """
     window = WIDEST_WINDOW if window is None else window
     queries = query_lens[is_prefill].astype(np.int64)
@@ -151,6 +152,7 @@ def prefill_units(
 
     Returns:
         None where both have the device, one after the other.
+
     """
     if not (can_share(plan, device) and work.prefill_tokens and work.decode_keys):
         return None

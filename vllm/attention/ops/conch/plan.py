@@ -628,6 +628,7 @@ def make_plan(
         small: whether few tiles with few keys are for this batch: of half as many rows,
             where Hopper's kernel has such.
         has_prefills: whether the batch may have prefills beside its decodes.
+
     """
     hopper = None if portable or batch_invariant else hopper_kernel(shape, device)
     prefill, pack = plan_prefill(shape, device), shape.group

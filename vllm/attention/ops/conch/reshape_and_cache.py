@@ -18,6 +18,7 @@ import torch
 from vllm.triton_utils import tl, triton
 
 from .checks import (
+    CACHE_SCALES,
     TensorSpec,
     check_device,
     check_dtype,
@@ -41,6 +42,7 @@ from .token_head_cache import (
 )
 
 SOURCE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OPTIONAL = ("k_scale", "v_scale")
 
 # Elements of K, and as many of V, that a program moves.  A thread moves 8 or 16.
 SMALL_TILE = 1024
@@ -154,6 +156,7 @@ def plan_tile(num_tokens: int, row_size: int, num_units: int) -> Tile:
         num_tokens: Tokens to write.
         row_size: num_kv_heads * head_size.
         num_units: Multiprocessors of the device.
+
     """
     elements = SMALL_TILE
     while elements > 64 and -row_size % elements > MAX_PADDING * row_size:
@@ -242,7 +245,7 @@ def check_arguments(
         return
     for name, scale in scales.items():
         if scale is not None:
-            check_scale(name, scale, "key", key)
+            check_scale(name, scale, "key", key, CACHE_SCALES)
 
 
 def has_token_scales(
@@ -263,6 +266,7 @@ def prepare_token_scales(
     Args:
         value_offset: see `offset_in_page`.
         *signatures: of all tensors.
+
     """
     specs = specs_of(signatures)
     check_arguments(*specs)
@@ -300,6 +304,7 @@ def plan_launches(
         row: num_kv_heads and head_size.
         block_size: slots of a page.
         strides: of key, value, key_cache and value_cache, without the last.
+
     """
     num_units = this_device(device.index).num_units
     row_size = math.prod(row)
@@ -420,6 +425,7 @@ def reshape_and_cache(
 
     Raises:
         ValueError: An argument has a wrong shape, dtype, device or stride.
+
     """
     signatures = signatures_of(
         dict(
@@ -430,7 +436,8 @@ def reshape_and_cache(
             slot_mapping=slot_mapping,
             k_scale=k_scale,
             v_scale=v_scale,
-        )
+        ),
+        optional=OPTIONAL,
     )
     k_scale_shape = None if k_scale is None else k_scale.shape
     if has_token_scales(key_cache.dtype, k_scale_shape):
@@ -476,6 +483,7 @@ def warm_up(
         dtype: Of the keys to come.
         k_scale: None if it will be None, and otherwise any scale.
         v_scale: The same for values.
+
     """
     _, _, num_kv_heads, head_size = key_cache.shape
     if key_cache.dtype == KV_INT4_DTYPE:

@@ -78,6 +78,7 @@ def rotation_matrix(
         device: of the matrix.
         divisor: power of two by which the result is to be divided.
         inverse: M takes rotated rows to b times the others.
+
     """
     block = block_size(head_size)
     one = hadamard(block) * signs(block) / divisor  # H S
@@ -203,6 +204,7 @@ def rotate(
         inverse: rotates back.
         scale: [1] float32 by which a result in fp8 is divided too.
         fp8: format of the target, None: its dtype.
+
     """
     tokens, num_heads, head_size = source.shape
     launch = prepare(

@@ -31,6 +31,7 @@ from .checks import (
     reject,
     signature,
     specs_of,
+    whole_number,
 )
 from .fp8 import FP8_DTYPES, divide_to_fp8, storage_view, to_fp8, triton_fp8
 from .launch import Launch
@@ -225,6 +226,7 @@ def plan_tiles(
     Returns:
         (num_cols, input_stride, output_stride), tiles in a row, tiles in all, and the
         size of a tile.
+
     """
     num_rows, num_cols = input.shape
     input_stride, output_stride = free_strides(input)[0], free_strides(output)[0]
@@ -377,6 +379,7 @@ def scaled_fp8_quant(
     Raises:
         ValueError: An argument has a wrong shape, dtype, device or stride, or is
             without effect beside the others.
+
     """
     check_tensor("input", input)
     for name, tensor in dict(scale=scale, scale_ub=scale_ub, output=output).items():
@@ -387,12 +390,16 @@ def scaled_fp8_quant(
     if scale_ub is not None and not per_token:
         reject("scale_ub", "a tensor", "None without per_token=True")
     if output is None:
-        rows = max(len(input) if input.dim() else 0, num_token_padding or 0)
-        output = torch.empty(
-            (rows, *input.shape[1:]),
-            dtype=dtype or default_dtype(),
-            device=input.device,
-        )
+        rows = len(input) if input.dim() else 0
+        if num_token_padding is not None:
+            allowed = "a number of rows, 0 or more"
+            padded = whole_number("num_token_padding", num_token_padding, allowed, 0)
+            rows = max(rows, padded)
+        if dtype is None:
+            dtype = default_dtype()
+        elif dtype not in FP8_DTYPES:
+            reject("dtype", repr(dtype), ", ".join(map(str, FP8_DTYPES)))
+        output = torch.empty((rows, *input.shape[1:]), dtype=dtype, device=input.device)
     elif num_token_padding is not None or dtype is not None:
         name = "dtype" if num_token_padding is None else "num_token_padding"
         reject(name, "a value", "None with output", "Output's own counts.")

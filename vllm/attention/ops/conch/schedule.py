@@ -14,7 +14,7 @@ import torch
 
 from vllm.triton_utils import tl, triton
 
-from .checks import check_tensor, reject
+from .checks import LENGTH, check_tensor, reject, whole_number
 from .combine import ITEM_FIELDS
 from .decode import SEQUENCE_FIELDS, WORKER_FIELDS, decode_key_tiles, decode_rows
 from .launch import Launch
@@ -482,8 +482,18 @@ class Sight(NamedTuple):
         )
 
 
-# The same object for the same values: quick to compare.
-make_sight = lru_cache(Sight)
+@lru_cache
+def make_sight(
+    sliding_window: int | None,
+    chunk_lookback: int,
+    num_ranges: int | None,
+    ranges_in_window: bool,
+    has_prefix: bool,
+) -> Sight:
+    """The same object for the same values: quick to compare. Or `check_window`'s
+    ValueErrors."""
+    window = check_window(sliding_window, chunk_lookback)
+    return Sight(*window, num_ranges, ranges_in_window, has_prefix)
 
 
 def count_ranges(mm_prefix_range: torch.Tensor) -> int:
@@ -495,15 +505,18 @@ def count_ranges(mm_prefix_range: torch.Tensor) -> int:
     return mm_prefix_range.shape[1]
 
 
-def check_window(sliding_window: int | None, chunk_lookback: int) -> None:
-    """ValueErrors of a window, or of chunks, that hold no key."""
-    if sliding_window is not None and (
-        not isinstance(sliding_window, int) or sliding_window < 1
-    ):
-        reject("sliding_window", sliding_window, "1 or more, or None for none")
+def check_window(
+    sliding_window: int | None, chunk_lookback: int
+) -> tuple[int | None, int]:
+    """Both; or ValueErrors of a window, or of chunks, that hold no key."""
+    if sliding_window is not None:
+        allowed = "1 or more, or None for none"
+        sliding_window = whole_number("sliding_window", sliding_window, allowed, 1)
+    allowed = f"-1 for none, or less than sliding_window={sliding_window}"
+    chunk_lookback = whole_number("chunk_lookback", chunk_lookback, allowed)
     if chunk_lookback >= 0 and (sliding_window or 0) <= chunk_lookback:
-        allowed = f"-1 for none, or less than sliding_window={sliding_window}"
         reject("chunk_lookback", chunk_lookback, allowed)
+    return sliding_window, chunk_lookback
 
 
 class Known(NamedTuple):
@@ -522,6 +535,7 @@ class Known(NamedTuple):
         work: what there is to do, if layers have nothing that keeps prefills or decodes
             from Hopper's kernels; decides which multiprocessors prefills get, and which
             decodes, at the same time. None: not known.
+
     """
 
     min_query_len: int = 0
@@ -555,6 +569,7 @@ class VarlenSchedule:
         portable: leave out kernels made for one architecture.
         batch_invariant: a row's result has the same bits in every batch, and for
             every length of the query that it belongs to; see `segments`.
+
     """
 
     def __init__(
@@ -577,24 +592,27 @@ class VarlenSchedule:
         portable: bool = False,
         batch_invariant: bool = False,
     ) -> None:
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except (TypeError, RuntimeError):
+            reject("device", repr(device), "a torch.device, or the name of one")
         heads = (num_query_heads, num_kv_heads, head_size)
         token_scales |= kv_dtype in KV_INTEGER_DTYPES
         self.shape = Shape(*heads, block_size, query_dtype, kv_dtype, token_scales)
-        at_least = dict(
-            max_num_seqs=max_num_seqs,
-            max_num_tokens=max_num_tokens,
-            decode_query_len=decode_query_len,
-            num_workers=1 if num_workers is None else num_workers,
-        )
-        for name, value in at_least.items():
-            if value < 1:
-                reject(name, value, "1 or more")
-        check_window(sliding_window, chunk_lookback)
+
+        def at_least_one(name: str, value: int) -> int:
+            return whole_number(name, value, "1 or more", 1)
+
+        max_num_seqs = at_least_one("max_num_seqs", max_num_seqs)
+        max_num_tokens = at_least_one("max_num_tokens", max_num_tokens)
+        decode_query_len = at_least_one("decode_query_len", decode_query_len)
+        if num_workers is not None:
+            num_workers = at_least_one("num_workers", num_workers)
+        window = check_window(sliding_window, chunk_lookback)
         check_layer_shape(self.shape)
         if batch_invariant and self.shape.token_scales:
             reject("token_scales", True, "False where batch_invariant is True")
-        self.sight = Sight(sliding_window, chunk_lookback, None, False, False)
+        self.sight = Sight(*window, None, False, False)
         self.decode_query_len = decode_query_len
         self.portable = portable
         self.batch_invariant = batch_invariant
@@ -728,6 +746,7 @@ class VarlenSchedule:
             max_query_len: as for `update`.
             num_tokens: likewise.
             num_prefills: as of `Known`.
+
         """
         if self.splits is None or max_query_len <= MAX_DECODE_QUERY_LEN:
             return None
@@ -758,6 +777,7 @@ class VarlenSchedule:
             num_tokens: likewise.
             num_prefills: as of `Known`.
             max_prefill_seq_len: likewise.
+
         """
         if not num_prefills or max_prefill_seq_len is None:
             return None
@@ -794,6 +814,7 @@ class VarlenSchedule:
             seq_lens: [num_seqs] all tokens, or bounds; None: not known.
             may_overlap: layers have nothing that keeps prefills or decodes from
                 Hopper's kernels, and bounds are near.
+
         """
         is_prefill = query_lens > self.longest_decode
         num_prefills = int(np.count_nonzero(is_prefill))
@@ -823,6 +844,7 @@ class VarlenSchedule:
 
     def check_lengths(self, name: str, tensor: torch.Tensor) -> None:
         """Rejects what is not [n] int32 on the device, without gaps."""
+        check_tensor(name, tensor)
         if (
             tensor.dtype != torch.int32
             or tensor.dim() != 1
@@ -874,9 +896,12 @@ class VarlenSchedule:
 
         Raises:
             ValueError: if the batch is larger than the buffers, or not of int32.
+
         """
         self.check_lengths("query_start_loc", query_start_loc)
         self.check_lengths("seq_lens", seq_lens)
+        max_query_len = whole_number("max_query_len", max_query_len, LENGTH, 0)
+        num_tokens = whole_number("num_tokens", num_tokens, LENGTH, 0)
         num_seqs = seq_lens.shape[0]
         if query_start_loc.shape[0] != num_seqs + 1:
             got = f"{query_start_loc.shape[0]} elements"
@@ -898,12 +923,13 @@ class VarlenSchedule:
         # Without a window they move no decode's first key.
         if sight.sliding_window is None:
             mm_prefix_range = prefix_lens = None
-        if num_seqs > self.max_num_seqs or num_tokens > self.max_num_tokens:
-            raise ValueError(
-                f"a batch of {num_seqs} sequences and {num_tokens} tokens does not fit "
-                f"this VarlenSchedule, made for max_num_seqs={self.max_num_seqs} and "
-                f"max_num_tokens={self.max_num_tokens}"
-            )
+        if num_seqs > self.max_num_seqs:
+            advice = "Make a schedule with a larger max_num_seqs."
+            allowed = f"up to {self.max_num_seqs}"
+            reject("seq_lens", f"{num_seqs} sequences", allowed, advice)
+        if num_tokens > self.max_num_tokens:
+            advice = "Make a schedule with a larger max_num_tokens."
+            reject("num_tokens", num_tokens, f"up to {self.max_num_tokens}", advice)
         plan = self.plan_for(max_query_len)
         decode_query_len = self.longest_decode
         num_items = 0

@@ -225,16 +225,20 @@ def count_keys(
 
     Raises:
         ValueError: if tensors are not of int32, or sizes or numbers do not fit.
+
     """
     if not 0 <= share < num_shares:
         reject("share", share, f"0 to {num_shares - 1}")
     if run < 1:
         reject("run", run, "1 or more")
-    num_seqs = seq_lens.shape[0]
-    sizes = dict(query_start_loc=num_seqs + 1, seq_lens=num_seqs, counts=num_seqs)
-    for name, tensor in zip(sizes, (query_start_loc, seq_lens, counts)):
+    tensors = dict(query_start_loc=query_start_loc, seq_lens=seq_lens, counts=counts)
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
+    num_seqs = seq_lens.shape[0] if seq_lens.dim() else 0
+    for name, tensor in tensors.items():
         spec = TensorSpec(*signature(tensor))
-        check_shape(name, spec, ("num_seqs",), (sizes[name],))
+        size = num_seqs + 1 if name == "query_start_loc" else num_seqs
+        check_shape(name, spec, ("num_seqs",), (size,))
         check_dtype(name, spec, (torch.int32,))
         check_last_stride(name, spec)
     if num_seqs == 0:
@@ -351,6 +355,7 @@ def weigh_share(output: torch.Tensor, lses: torch.Tensor, share: int) -> None:
 
     Raises:
         ValueError: naming the argument that does not fit.
+
     """
     check_tensor("output", output)
     check_tensor("lses", lses)
@@ -380,6 +385,7 @@ def merge_shares(
 
     Raises:
         ValueError: naming the argument that does not fit.
+
     """
     tensors = (output, output_lse, results, lses)
     for name, tensor in zip(("output", "output_lse", "results", "lses"), tensors):

@@ -33,6 +33,7 @@ def softmax_step(scores, scale, row_max, row_sum, MASKED: tl.constexpr):
     Returns:
         Weights [M, N], the factor [M] for what was accumulated before, and the
         new row_max and row_sum.
+
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
     shift = new_max

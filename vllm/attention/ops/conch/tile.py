@@ -346,6 +346,7 @@ def weigh_halves(query, key, zeros, PRECISION: tl.constexpr):
         key: even and odd elements [D / 2, TILE].
         zeros: [TILE].
         PRECISION: of products of fp32.
+
     """
     scores = tl.dot(query[0], key[0], input_precision=PRECISION)
     scores = tl.dot(query[1], key[1], scores, input_precision=PRECISION)
@@ -630,6 +631,7 @@ def attend_quads(weights, values, zeros, acc, decay, PRECISION: tl.constexpr):
         acc: four of [M, D / 4].
         decay: [M] factor of acc.
         PRECISION: of products of fp32.
+
     """
     excess = tl.sum(weights.to(tl.float32) * zeros[None, :], 1)[:, None]
     decay = decay[:, None]

@@ -412,6 +412,7 @@ class PreparedAttention:
             block_table: likewise.
             scales: those of query, keys and values.
             features: as in FEATURES.
+
         """
         self.schedule = schedule
         plan, shape = schedule.plan, schedule.shape
@@ -581,11 +582,12 @@ def varlen_attention(
 
     Raises:
         ValueError: naming the argument that is not supported.
+
     """
     flags = causal if isinstance(causal, torch.Tensor) else None
     if flags is not None and flags.dtype == torch.bool:
         flags = flags.view(torch.uint8)
-    all_causal = flags is None and bool(causal)
+    all_causal = causal if flags is None else False
     features = (sinks, alibi_slopes, flags, mm_prefix_range, prefix_lens, output_scale)
     tensors = dict(
         query=query,
@@ -615,8 +617,11 @@ def varlen_attention(
         mm_prefix_in_window,
         prefix_lens is not None,
     )
+    has_slopes = alibi_slopes is not None
     if schedule is None:
-        check_options(scale, softcap, all_causal, sight, max_query_len)
+        check_options(
+            scale, softcap, all_causal, sight, max_query_len, alibi_sqrt, has_slopes
+        )
         check_arguments(tensors)
         num_seqs, num_tokens = seq_lens.shape[0], query.shape[0]
         if num_seqs == 0 or num_tokens == 0:
@@ -657,9 +662,14 @@ def varlen_attention(
         schedule.segment_slots,
     )
     key = (options, *itertools.starmap(layer_key, tensors.items()))
-    launches = LAUNCHES.get(key)
+    try:
+        launches = LAUNCHES.get(key)
+    except TypeError:  # an option that has no hash is none, see `check_options`
+        launches = None
     if launches is None:
-        check_options(scale, softcap, all_causal, sight, max_query_len)
+        check_options(
+            scale, softcap, all_causal, sight, max_query_len, alibi_sqrt, has_slopes
+        )
         specs = check_arguments(tensors)
         check_schedule(specs, shape)
         if plan.kv_format == "int4":

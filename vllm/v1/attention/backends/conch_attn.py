@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Attention backend CONCH: attention and KV-cache write wholly in Triton.
 
-The kernels are in vllm.attention.ops.conch. Here is what connects them to vLLM: which
-configurations are supported, the metadata of a step, and the calls of a layer.
+The kernels are in vllm.attention.ops.conch. Here is what connects them to vLLM:
+which configurations are supported, the metadata of a step, and the calls of a layer.
 conch_base.py holds what depends on the form of vLLM's interface.
 """
 
@@ -397,17 +397,17 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.decode_query_len = max_decode_query_len(vllm_config)
-        self.replayed_query_len = max_replayed_query_len(vllm_config)
         self.schedules: dict[ScheduleKey, VarlenSchedule] = {}
         self.encoder_pages: BatchPages | None = None
         self.shares: conch_dcp.Shares | None = None
         self.prefix_lens: torch.Tensor | None = None
         self.may_overlap = True
+        positions = 1
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:
             for impl in conch_impls(layers[name]):
                 impl.see_layer(layers[name], kv_cache_spec)
+                positions = max(positions, impl.positions)
                 self.may_overlap &= impl.may_overlap
                 if impl.schedule_key not in self.schedules:
                     schedule = impl.make_schedule(kv_cache_spec.block_size, device)
@@ -424,6 +424,8 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
                         self.prefix_lens = torch.zeros(
                             schedule.max_num_seqs, dtype=torch.int32, device=device
                         )
+        self.decode_query_len = positions * max_decode_query_len(vllm_config)
+        self.replayed_query_len = positions * max_replayed_query_len(vllm_config)
 
     @classmethod
     def get_cudagraph_support(
@@ -461,7 +463,9 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             is_empty = self.has_no_context(common)
             share = self.shares.build(len(seq_lens), max_query_len, is_empty)
         metadata = ConchAttentionMetadata(
-            num_actual_tokens=int(common.num_actual_tokens),  # drafts may count in NumPy
+            num_actual_tokens=int(
+                common.num_actual_tokens
+            ),  # drafts may count in NumPy
             max_query_len=max_query_len,
             query_start_loc=common.query_start_loc,
             seq_lens=seq_lens,
@@ -569,6 +573,7 @@ class DummyBatch(NamedTuple):
             alignment of strides, and some for K and V of the same.
         quantized: whether the output is quantised to fp8.
         has_images: whether there are ranges that are seen both ways.
+
     """
 
     query_len: int
@@ -585,12 +590,14 @@ class ConchAttentionImpl(ConchImplBase):
 
     Raises:
         ValueError: with every reason, if CONCH cannot run the layer.
+
     """
 
     can_return_lse_for_decode: bool = True
     # New tokens are attended to apart from the shares of the context.
     supports_mtp_with_cp_non_trivial_interleave_size: bool = True
     num_shares: int = 1  # ranks that share the keys of the layer
+    positions: int = 1  # for each token that vLLM schedules
 
     def __init__(
         self,
@@ -747,6 +754,11 @@ class ConchAttentionImpl(ConchImplBase):
         )
 
     @property
+    def decode_query_len(self) -> int:
+        """Positions of the longest query of a decode."""
+        return self.positions * max_decode_query_len(self.vllm_config)
+
+    @property
     def query_dtype(self) -> torch.dtype:
         """What the layer passes as query."""
         is_fp8 = self.supports_quant_query_input
@@ -759,6 +771,7 @@ class ConchAttentionImpl(ConchImplBase):
         if self.alibi_slopes is not None and isinstance(layer, torch.nn.Module):
             # Of what is no weight, sleep mode keeps buffers alone.
             layer.register_buffer("conch_slopes", self.alibi_slopes, persistent=False)
+        self.positions = getattr(layer, "block_pool_size", 1)
         in_window = getattr(layer, "mm_prefix_clamp_sliding_window", False)
         self.schedule_key = self.schedule_key._replace(mm_prefix_in_window=in_window)
 
@@ -918,16 +931,16 @@ class ConchAttentionImpl(ConchImplBase):
             block_size: tokens of a page of the cache.
             device: where it runs.
             of_batch: for keys of the batch, and not of a cache that ranks share.
+
         """
         of_batch |= self.is_encoder
         scheduler_config = self.vllm_config.scheduler_config
-        decode_query_len = max_decode_query_len(self.vllm_config)
         max_num_seqs = scheduler_config.max_num_seqs
         return VarlenSchedule(
             max_num_seqs=max_num_seqs,
             max_num_tokens=max(
-                scheduler_config.max_num_batched_tokens,
-                max_num_seqs * decode_query_len,
+                self.positions * scheduler_config.max_num_batched_tokens,
+                max_num_seqs * self.decode_query_len,
             ),
             num_query_heads=self.num_heads * (1 if of_batch else self.num_shares),
             num_kv_heads=self.num_kv_heads,
@@ -939,7 +952,7 @@ class ConchAttentionImpl(ConchImplBase):
             device=device,
             sliding_window=self.sliding_window,
             chunk_lookback=self.schedule_key.chunk_lookback,
-            decode_query_len=decode_query_len,
+            decode_query_len=self.decode_query_len,
             # TMA would read all slots of pages that end behind the batch.
             portable=of_batch,
             batch_invariant=is_batch_invariant(),
@@ -1006,7 +1019,7 @@ class ConchAttentionImpl(ConchImplBase):
 
     def warm_up_query_lens(self, device: torch.device) -> list[int]:
         """Lengths of a query, one for every choice that kernels make by it."""
-        shortest = max_decode_query_len(self.vllm_config)
+        shortest = self.decode_query_len
         many_to_write = min_large_tokens(
             self.num_kv_heads * self.head_size, this_device(device.index).num_units
         )
@@ -1027,6 +1040,7 @@ class ConchAttentionImpl(ConchImplBase):
             schedule: made for the layer.
             shares: likewise, if ranks share its keys.
             batch: the sequence and what is asked for.
+
         """
         query_len = batch.query_len
         device = schedule.device

@@ -127,6 +127,7 @@ def exchange(
 
     Returns:
         Results, of each rank or their weighted sum, and the LSE of each rank.
+
     """
     if peers.all_to_all:
         return unpack(peers.scatter(pack(result, lse, peers.size)), result.shape[-1])
@@ -216,6 +217,7 @@ class Shares:
             num_reqs: sequences.
             max_query_len: what kernels are chosen for.
             is_empty: all ranks agree that the batch has no context.
+
         """
         # Sinks are counted once, with the new tokens.
         whole = max_query_len == 1 and not self.has_sinks

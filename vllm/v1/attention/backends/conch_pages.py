@@ -20,6 +20,7 @@ def pages_of_batch(rows: torch.Tensor) -> torch.Tensor:
         [num_pages, PAGE_MULTIPLE, num_kv_heads, head_size]. Pages near the end are
         not counted, as not all of their slots exist; kernels that read no slot past
         a sequence's end find the others there.
+
     """
     # A tensor needs two pages for its stride from one to the next to count.
     missing = PAGE_MULTIPLE + 1 - rows.shape[0]

@@ -3,9 +3,9 @@
 """Ranges of images that a model drops from metadata after it is built."""
 
 import pytest
-from tests.v1.attention.conch_release import build_with_images
 
 from tests.v1.attention.conch_backend_harness import BATCHES, Engine
+from tests.v1.attention.conch_release import build_with_images
 
 
 @pytest.mark.parametrize("layer", [{}, {"sliding_window": 16}], ids=str)

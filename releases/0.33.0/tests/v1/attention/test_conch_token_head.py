@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.v1.attention.conch_release import bind_kv_cache, run_layer
 
 from tests.kernels.attention.conch_harness import (  # noqa: F401
     DEVICE,
@@ -32,6 +31,7 @@ from tests.v1.attention.conch_backend_harness import (
     Engine,
     selector_config,
 )
+from tests.v1.attention.conch_release import bind_kv_cache, run_layer
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.attention.backends import conch_base
 from vllm.v1.attention.backends.conch_attn import ConchAttentionBackend

@@ -112,6 +112,7 @@ def token_scale_views(
     Args:
         kv_cache: of elements of one byte.
         width: bytes of a row of K, or V.
+
     """
     scales = kv_cache.view(torch.float32).transpose(1, 2)
     place = width // SCALE_BYTES
