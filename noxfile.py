@@ -237,9 +237,11 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session, subject: str) -> None:
     """Kernels, backend, engine and demo on every release, then the tool's tests."""
     pytest = ["python", "-m", "pytest", "-ra", "--durations=10", *session.posargs]
+    side_by_side = ["-n", str(min(os.cpu_count() or 1, 8))]
     if subject == "tool":
         session.install("-r", "requirements/tool.txt", "-r", "requirements/test.txt")
-        session.run(*pytest, "tests/patchset", env=release_pythons(session))
+        pytest += [*side_by_side, "tests/patchset"]
+        session.run(*pytest, env=release_pythons(session))
         return
     tree = install_vllm(session, subject)
     session.install("-r", "requirements/test.txt", "-r", "requirements/demo.txt")
@@ -248,7 +250,6 @@ def tests(session: nox.Session, subject: str) -> None:
     copy_tests(tree, subject, folder)
     session.chdir(folder)
     pytest += ["-c", "pytest.ini", "--rootdir", "."]
-    side_by_side = ["-n", str(min(os.cpu_count() or 1, 8))]
     demo_tests, environment = str(HERE / "demo"), INTERPRETER
     kernel_tests = ["tests/kernels"] if subject == RELEASES[0] else KERNEL_TESTS
     engine_tests = [demo_tests, "tests/v1/e2e"]

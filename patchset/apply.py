@@ -151,6 +151,12 @@ class Plan:
         """Whether there is anything to do."""
         return bool(self.steps or self.notes) or self.release is None
 
+    def unwritable(self) -> list[Path]:
+        """The folders in which files have to be written and cannot be."""
+        files = [self.tree.root / step.path for step in self.steps]
+        folders = {_existing(path.parent) for path in (*files, self.record.directory)}
+        return sorted(f for f in folders if not os.access(f, os.W_OK | os.X_OK))
+
     def execute(self) -> None:
         """Do it, wholly or not at all."""
         if not self.pending:
@@ -270,9 +276,15 @@ def _settle(
         the user.
 
     Raises:
-        PatchError: a file was changed by somebody else, or its original is not known.
+        PatchError: the tree is of another release than the user says, a file was
+            changed by somebody else, or its original is not known.
 
     """
+    if tree.contradiction and record.release != tree.version.public:
+        raise PatchError(
+            f"{tree.root}: {tree.contradiction}, not {tree.version}. Run this without "
+            "--release, which is for trees that cannot tell"
+        )
     moved = bool(record.files) and record.release != tree.version.public
     found: dict[str, list[str]] = {state: [] for state in _STATES}
     edited = [path for path, entry in record.files.items() if entry.original]
@@ -476,6 +488,11 @@ def _missing_folders(tree: Tree, paths: Iterable[str]) -> set[str]:
                 missing.add(folder.as_posix())
                 break
     return missing
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the one above it in which it has to be made."""
+    return folder if folder.exists() else _existing(folder.parent)
 
 
 def _remove_empty(folder: Path) -> None:

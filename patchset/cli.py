@@ -14,7 +14,7 @@ from rich.table import Table
 from patchset.apply import Plan, plan_apply, plan_revert
 from patchset.errors import PatchError
 from patchset.export import export
-from patchset.index import check_is_free, unpack_sdist
+from patchset.index import check_is_free, make_folder, unpack_sdist
 from patchset.overlay import added_files, uncommitted
 from patchset.releases import Release, get_release, supported
 from patchset.trees import find_tree
@@ -62,9 +62,7 @@ def _warn_of_untracked(release: Release) -> None:
 
 
 def _releases(options: argparse.Namespace) -> None:
-    table = Table(title=f"CONCH {conch_version()} on vLLM", title_justify="left")
-    for heading in ("release", "kernels in", "edits", "wheels", "verified"):
-        table.add_column(heading, overflow="fold")
+    _say(f"CONCH {conch_version()} on vLLM")
     for release in supported():
         kernels = next(
             change.path.rpartition("/")[0]
@@ -76,14 +74,13 @@ def _releases(options: argparse.Namespace) -> None:
             for machine in ("x86_64", "aarch64")
             if any(name.endswith(f"_{machine}.whl") for name in release.wheels)
         ]
-        table.add_row(
-            f"{release.version}{' (default)' if release.default else ''}",
-            kernels,
-            str(len(release.edits)),
-            ", ".join(machines),
-            release.verified,
-        )
-    Console().print(table)
+        _say(f"\n{release.version}{' (default)' if release.default else ''}")
+        table = Table.grid(padding=(0, 0, 0, 2))
+        table.add_row("kernels in", kernels)
+        table.add_row("edits", str(len(release.edits)))
+        table.add_row("wheels", ", ".join(machines))
+        table.add_row("verified", release.verified)
+        Console(highlight=False).print(table)
 
 
 def _apply(options: argparse.Namespace) -> None:
@@ -102,6 +99,10 @@ def _apply(options: argparse.Namespace) -> None:
     if not plan.pending:
         _say("nothing to do: CONCH is in it, as it is now")
     elif options.check:
+        if unwritable := plan.unwritable():
+            raise PatchError(
+                f"these folders cannot be written: {', '.join(map(str, unwritable))}"
+            )
         _say(f"{_files(plan)} would change; nothing was written")
     else:
         plan.execute()
@@ -117,7 +118,7 @@ def _tree(options: argparse.Namespace) -> None:
     _warn_of_untracked(release)
     destination = options.destination.absolute()
     check_is_free(destination)
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(destination.parent)
     # Made beside it and renamed: no plain vLLM is left where an edit fails.
     with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
         made = Path(folder, "tree")
@@ -133,8 +134,9 @@ def _tree(options: argparse.Namespace) -> None:
 
 def _wheel(options: argparse.Namespace) -> None:
     start = time.monotonic()
-    target = detect_target() if options.target == "auto" else options.target
     release = get_release(options.version)
+    make_folder(options.out)
+    target = detect_target() if options.target == "auto" else options.target
     _warn_of_untracked(release)
     wheel = build_wheel(
         release,

@@ -132,12 +132,12 @@ _KINDS = {
 def _insert_statements(module: cst.Module, scope: cst.CSTNode, edit: Edit):
     anchor = _parse_one(edit.anchor)
     added = cst.parse_module(edit.insert, module.config_for_parsing)
-    first = added.body[0]
-    lead_in = [
-        line if line.comment else line.with_changes(indent=False)
-        for line in (*added.header, *first.leading_lines)
+    statements = [
+        _with_lead_in(statement, statement.leading_lines) for statement in added.body
     ]
-    statements = [first.with_changes(leading_lines=lead_in), *added.body[1:]]
+    # What is above the first one is the module's, to libcst.
+    lead_in = [*added.header, *added.body[0].leading_lines]
+    statements[0] = first = _with_lead_in(added.body[0], lead_in)
     new = _parse_one(module.code_for_node(first))
     if isinstance(new, ast.Assign | ast.AnnAssign):
         new.value = ast.Constant(...)  # there already, whatever its value
@@ -159,12 +159,18 @@ def _insert_statements(module: cst.Module, scope: cst.CSTNode, edit: Edit):
             if edit.where == "before":
                 return cst.FlattenSentinel([*statements, updated_node])
             if edit.where == "instead":
-                lines = [*updated_node.leading_lines, *lead_in]
+                lines = [*updated_node.leading_lines, *first.leading_lines]
                 head = first.with_changes(leading_lines=lines)
                 return cst.FlattenSentinel([head, *statements[1:]])
             return cst.FlattenSentinel([updated_node, *statements])
 
     return module.visit(Insert())
+
+
+def _with_lead_in(statement, lines: Sequence[cst.EmptyLine]):
+    """The statement below these lines, of which the empty ones get no indentation."""
+    lines = [ln if ln.comment else ln.with_changes(indent=False) for ln in lines]
+    return statement.with_changes(leading_lines=lines)
 
 
 def _statements(

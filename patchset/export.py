@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from patchset.errors import PatchError
-from patchset.index import unpack_sdist
+from patchset.index import make_folder, unpack_sdist
 from patchset.overlay import Change, added_files, edited_files, uncommitted
 from patchset.releases import ROOT, Release
 from patchset.version import conch_version
@@ -109,7 +109,7 @@ def export(
             f"not committed: {', '.join(loose)}. Commit or remove them, or export them "
             "too with --dirty"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if old := sorted(path.name for path in out.glob("*.patch")):
         raise PatchError(
             f"{out} has patches already: {', '.join(old)}. Remove them, or give "
@@ -150,7 +150,7 @@ def export(
                 stat=git("diff", "--stat", base, "HEAD"),
             )
         )
-    return [*map(Path, patches.split("\n")[:-1]), cover]
+    return [*(out / Path(path).name for path in patches.splitlines()), cover]
 
 
 def _reasons(release: Release) -> str:

@@ -95,6 +95,15 @@ def check_is_free(destination: Path) -> None:
         raise PatchError(f"{destination} exists and is not an empty folder")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, where they are not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        found = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+        raise PatchError(f"{found} is not a folder") from error
+
+
 def unpack_sdist(release: Release, destination: Path) -> None:
     """Unpack a release's sdist into a folder that does not exist yet or is empty."""
     check_is_free(destination)

@@ -23,6 +23,8 @@ class Tree:
         dist_info: the installed package's metadata folder; None for a source tree.
         version: the version found, local part included.
         evidence: where the version was found, for messages.
+        contradiction: what the tree's metadata says where that is another release
+            than the user's; empty otherwise.
 
     """
 
@@ -30,6 +32,7 @@ class Tree:
     dist_info: Path | None
     version: Version
     evidence: str
+    contradiction: str = ""
 
     @property
     def installed(self) -> bool:
@@ -69,11 +72,13 @@ def find_tree(path: Path, version: str | None = None) -> Tree:
     else:
         dist_info = _dist_info(root)
         found = [_from_metadata(dist_info / "METADATA", "installed metadata")]
+    stated = found[0]
     if version is not None:
         found = [(version, "--release")]
     for text, evidence in filter(None, found):
         try:
-            return Tree(root, dist_info, Version(text), evidence)
+            contradiction = _contradiction(stated, Version(text))
+            return Tree(root, dist_info, Version(text), evidence, contradiction)
         except InvalidVersion as error:
             raise PatchError(f"{root}: '{text}' ({evidence}) is no version") from error
     # Such as who owns the checkout, and how git is told that this is fine.
@@ -83,6 +88,23 @@ def find_tree(path: Path, version: str | None = None) -> Tree:
         f"{root}: cannot tell vLLM's version: no PKG-INFO, no git tag v*{told}, no "
         "vllm/_version.py; name it with --release"
     )
+
+
+def _contradiction(stated: tuple[str, str] | None, version: Version) -> str:
+    """What the metadata says where it names another release.
+
+    A development version names none: sources built without git's tags have one.
+    """
+    if stated is None:
+        return ""
+    text, evidence = stated
+    try:
+        found = Version(text)
+    except InvalidVersion:
+        return ""
+    if found.is_devrelease or found.public == version.public:
+        return ""
+    return f"vLLM {found} by its {evidence}"
 
 
 def _from_metadata(path: Path, evidence: str) -> tuple[str, str] | None:

@@ -81,7 +81,7 @@ def build_wheel(
 
     Args:
         release: the vLLM release.
-        out: folder for the wheel.
+        out: folder for the wheel, which is there.
         target: one of `TARGETS`.
         machine: `x86_64` or `aarch64`, for `cuda`; None means this machine.
 
@@ -91,7 +91,6 @@ def build_wheel(
     """
     if not sys.platform.startswith("linux"):
         raise PatchError(f"vLLM's wheels are for Linux, and this is {sys.platform}")
-    out.mkdir(parents=True, exist_ok=True)
     if target == "empty":
         return build_empty(release, out)
     machine = machine or platform.machine()

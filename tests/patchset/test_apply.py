@@ -537,6 +537,38 @@ def test_pip_uninstalls_a_patched_package_wholly(site_packages, release, tmp_pat
     assert set(snapshot(target)) == set(empty)
 
 
+def test_a_release_that_the_tree_contradicts_is_refused(tree, site_packages, release):
+    """Else upstream's own files are taken for somebody's in CONCH's places."""
+    (other,) = (r for r in supported() if r is not release)
+    for folder, where in (
+        (tree, "PKG-INFO"),
+        (site_packages, "installed metadata"),
+    ):
+        before = snapshot(folder)
+        with pytest.raises(
+            PatchError,
+            match=f"vLLM {release.version} by its {where}, not {other.version}.*"
+            "without --release",
+        ):
+            plan_apply(find_tree(folder, str(other.version)), other)
+        assert snapshot(folder) == before
+        plan_apply(find_tree(folder, str(release.version)), release).execute()
+        between = snapshot(folder)
+        with pytest.raises(PatchError, match=f"by its {where}, not"):
+            plan_apply(find_tree(folder, str(other.version)), other)
+        with pytest.raises(PatchError, match=f"by its {where}, not"):
+            plan_revert(find_tree(folder, str(other.version)))
+        assert snapshot(folder) == between
+
+
+@pytest.mark.parametrize("version", ["0.1.dev1+gabc", "unknown"])
+def test_a_tree_that_cannot_tell_is_what_the_user_says(tree, release, version):
+    """Such as sources that were built without git's tags."""
+    (tree / "PKG-INFO").unlink()
+    (tree / "PKG-INFO").write_text(f"Version: {version}\n")
+    assert plan_apply(find_tree(tree, str(release.version)), release).steps
+
+
 def test_a_wheel_built_with_conch_is_not_patched_again(site_packages, release):
     (info,) = site_packages.glob("*.dist-info")
     rewrite(

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The command line, as a user runs it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,26 +10,35 @@ import tarfile
 import tomllib
 
 import pytest
+from conftest import snapshot
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from patchset import cli, version
+from patchset import apply, cli, version, wheels
 from patchset.releases import ROOT, supported
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run `python -m patchset`."""
-    command = [sys.executable, "-m", "patchset", *map(str, arguments)]
+    """Run `python -m patchset` on a terminal of 80 columns."""
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "patchset", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
 def test_releases_are_listed():
     result = run("releases")
     assert result.returncode == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    text = " ".join(result.stdout.split())
     for release in supported():
-        assert str(release.version) in result.stdout
+        assert str(release.version) in text
+        assert release.verified in text, "whole words, in their order"
+        assert "/ops/conch " in text
 
 
 def test_a_tree_is_made_checked_patched_and_reverted(release, tmp_path):
@@ -77,10 +87,35 @@ def test_check_fails_where_apply_would(tree, release):
         result = run("apply", tree, *arguments)
         assert result.returncode == 1
         assert "vLLM 0.12.0 is not supported; supported: " in result.stderr
+    (tree / "PKG-INFO").unlink()
     other = next(r for r in supported() if r is not release)
     result = run("apply", tree, "--check", "--release", other.version)
     assert result.returncode == 1
     assert "edit '" in result.stderr
+
+
+@pytest.mark.parametrize("operation", ["apply", "revert"])
+def test_check_fails_where_a_folder_cannot_be_written(
+    tree, release, monkeypatch, capsys, operation
+):
+    """The new folders' own, which is the tree's, and one that is there."""
+    options = ["--check"]
+    if operation == "revert":
+        assert cli.main(["apply", str(tree)]) == 0
+        options.append("--revert")
+    backends = tree / "vllm/v1/attention/backends"
+    before = snapshot(tree)
+    closed = []
+    monkeypatch.setattr(apply.os, "access", lambda path, mode: path not in closed)
+    assert cli.main(["apply", str(tree), *options]) == 0
+    for closed in ([backends], [tree, backends]):
+        capsys.readouterr()
+        assert cli.main(["apply", str(tree), *options]) == 1
+        printed = capsys.readouterr()
+        folders = ", ".join(map(str, closed))
+        assert printed.err == f"error: these folders cannot be written: {folders}\n"
+        assert "would change" not in printed.out
+    assert snapshot(tree) == before
 
 
 @pytest.mark.parametrize(
@@ -94,16 +129,28 @@ def test_files_in_place_of_folders_are_errors_in_one_line(tmp_path):
     """No traceback: what is wrong and where."""
     file = tmp_path / "file"
     file.touch()
+    export = ["export", "0.33.0", "--signoff", "A <a@b.org>", "--dirty", "--out"]
     for arguments in (
-        ["wheel", "--target", "empty", "--out", file],
+        ["wheel", "--out", file],
+        ["wheel", "--target", "empty", "--out", file / "x"],
         ["tree", "0.33.0", file / "x"],
-        ["export", "0.33.0", "--out", file, "--signoff", "A <a@b.org>", "--dirty"],
+        ["tree", "0.33.0", file / "x/y"],
+        [*export, file],
+        [*export, file / "x"],
     ):
         result = run(*arguments)
         assert result.returncode == 1
-        assert re.fullmatch(
-            r"error: (File exists|Not a directory): .*file.*\n", result.stderr
-        )
+        assert result.stderr == f"error: {file} is not a folder\n"
+
+
+def test_an_unsupported_release_is_all_that_wheel_speaks_of(monkeypatch, capsys):
+    """Nothing about the machine, which has no GPU here."""
+    monkeypatch.delenv("VLLM_TARGET_DEVICE", raising=False)
+    monkeypatch.setattr(wheels.shutil, "which", lambda name: None)
+    assert cli.main(["wheel", "0.99"]) == 1
+    assert re.fullmatch(
+        r"error: vLLM 0\.99 is not supported; supported: .*\n", capsys.readouterr().err
+    )
 
 
 def test_what_pip_builds_with_is_what_the_tool_takes():
@@ -131,8 +178,11 @@ def test_the_version_is_that_of_the_repository(tmp_path):
     assert str(combined).startswith("0.33.0+conch")
 
 
-def test_a_copy_without_git_works(release, tmp_path):
-    """An sdist of this repository holds all that the tool needs, version included."""
+def test_a_copy_without_git_works(tmp_path):
+    """An sdist of this repository holds all that the tool needs, version included.
+
+    One test, as setuptools gathers the files in a folder of the repository.
+    """
     from patchset import build
 
     script = "import sys, patchset.build as b; print(b.build_sdist(sys.argv[1]))"
@@ -147,7 +197,8 @@ def test_a_copy_without_git_works(release, tmp_path):
     with tarfile.open(tmp_path / result.stdout.splitlines()[-1]) as archive:
         archive.extractall(tmp_path, filter="data")
     (copy,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    assert (copy / "releases" / str(release.version) / "release.toml").exists()
+    for release in supported():
+        assert (copy / "releases" / str(release.version) / "release.toml").exists()
     result = subprocess.run(
         [sys.executable, "-m", "patchset", "--version"],
         cwd=copy,

@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Edits: what an anchor matches, what an edit leaves alone, and how one fails."""
 
+import re
+
 import pytest
 
 from patchset.edits import Edit, EditError, apply_edits
@@ -96,6 +98,24 @@ def test_an_entry_may_come_last():
         [edit(scope="table", kind="key", anchor="two", insert='    "three": 3,')],
     )
     assert result == inserted('    "two": 2,\n', '    "three": 3,\n')
+
+
+@pytest.mark.parametrize("where", ["before", "after", "instead"])
+def test_empty_lines_between_statements_stay_empty(where):
+    new = "\nimport one\n\n# two\n\nimport two\n"
+    result = apply_edits(
+        SOURCE,
+        [
+            edit(
+                scope="Other.choose",
+                where=where,
+                anchor="if name is None: ...",
+                insert=new,
+            )
+        ],
+    )
+    assert "\n\n        import one\n\n        # two\n\n        import two\n" in result
+    assert not re.search(r"[ \t]$", result, re.MULTILINE)
 
 
 def test_code_may_take_the_anchors_place():

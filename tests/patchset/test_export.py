@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Snapshot, snapshot
+from ruff.__main__ import find_ruff_bin
 
 from patchset import overlay
 from patchset.apply import plan_apply
@@ -104,6 +105,36 @@ def test_upstreams_hooks_have_nothing_to_say(full_tree, release, hook):
         command, cwd=full_tree, capture_output=True, text=True, check=False
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_upstreams_ruff_has_nothing_to_say(full_tree, release):
+    """As upstream's hooks run it: its version, with the tree's own settings."""
+    plan_apply(find_tree(full_tree), release).execute()
+    files = [c.path for c in added_files(release) if c.path.endswith(".py")]
+    files += sorted({edit.file for edit in release.edits})
+
+    def ruff(*arguments: str) -> str:
+        command = [find_ruff_bin(), *arguments]
+        return subprocess.run(
+            command, cwd=full_tree, capture_output=True, text=True, check=False
+        ).stdout
+
+    hooks = (full_tree / ".pre-commit-config.yaml").read_text()
+    pinned = ruff("--version").strip().replace("ruff ", "v")
+    assert f"/ruff-pre-commit\n  rev: {pinned}\n" in hooks
+    concise = ("--force-exclude", "--no-cache", "--output-format=concise")
+    assert ruff("check", *concise, *files) == "All checks passed!\n"
+    formatted = ruff("format", "--check", "--force-exclude", "--no-cache", *files)
+    assert formatted == f"{len(files)} files already formatted\n"
+
+
+def test_all_files_are_named_in_one_form(release, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = export(release, Path("patches"), SIGNOFF, dirty=True)
+    assert made == [
+        *sorted(Path("patches").glob("*.patch")),
+        Path("patches", COVER_LETTER),
+    ]
 
 
 def test_older_patches_are_not_mixed_with_new_ones(release, tmp_path):

@@ -52,8 +52,24 @@ def test_a_built_tree_has_the_version_of_its_version_file(source):
 
 
 def test_the_user_has_the_last_word(source):
-    (source / "PKG-INFO").write_text("Version: 0.13.0\n")
-    assert str(find_tree(source, "0.33.0").version) == "0.33.0"
+    (source / "vllm/_version.py").write_text(VERSION_FILE)
+    assert str(find_tree(source, "0.13.0").version) == "0.13.0"
+    assert not find_tree(source, "0.13.0").contradiction
+
+
+@pytest.mark.parametrize(
+    ("stated", "contradiction"),
+    [
+        ("0.13.0", "vLLM 0.13.0 by its PKG-INFO"),
+        ("0.33.0", ""),
+        ("0.33.0+cu130", ""),
+        ("0.1.dev1+gabc", ""),
+        ("unknown", ""),
+    ],
+)
+def test_a_release_in_the_metadata_contradicts_the_user(source, stated, contradiction):
+    (source / "PKG-INFO").write_text(f"Version: {stated}\n")
+    assert find_tree(source, "0.33.0").contradiction == contradiction
 
 
 def test_an_unknown_version_is_an_error_that_says_what_to_do(source):

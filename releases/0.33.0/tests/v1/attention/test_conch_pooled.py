@@ -8,7 +8,6 @@ the layer's builder makes positions of them.
 
 import pytest
 import torch
-from tests.v1.attention.conch_release import make_spec
 
 from tests.kernels.attention.conch_harness import (  # noqa: F401
     DEVICE,
@@ -21,6 +20,7 @@ from tests.v1.attention.conch_backend_harness import (
     NUM_KV_HEADS,
     Engine,
 )
+from tests.v1.attention.conch_release import make_spec
 from vllm.model_executor.models.whisper_causal import (
     create_whisper_attention_backend_with_block_pooling,
 )
