@@ -634,7 +634,7 @@ class ConchAttentionImpl(ConchImplBase):
         self.dtype = torch.get_default_dtype()  # the model's, while it is built
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
-        self.alibi_sqrt = use_alibi_sqrt
+        self.alibi_sqrt = use_alibi_sqrt and alibi_slopes is not None
         self.alibi_slopes: torch.Tensor | None = None
         self.vllm_config = get_current_vllm_config()
         reference_window = None
