@@ -259,8 +259,10 @@ def tests(session: nox.Session, subject: str) -> None:
         environment = ON_GPU
         # Engines one at a time, as each takes a share of the GPU's memory.
         runs = [engine_tests, [*side_by_side, *other_tests]]
-    if any(argument.startswith("tests/") for argument in session.posargs):
-        runs = [side_by_side]
+    paths = [argument for argument in session.posargs if argument.startswith("tests/")]
+    if paths:
+        has_engines = any("e2e" in path for path in paths)
+        runs = [[] if has_nvidia_gpu() and has_engines else side_by_side]
     for run in runs:
         codes = [0, NO_TESTS] if session.posargs else [0]
         session.run(*pytest, *run, env=environment, success_codes=codes)

@@ -154,7 +154,8 @@ class Plan:
     def unwritable(self) -> list[Path]:
         """The folders in which files have to be written and cannot be."""
         files = [self.tree.root / step.path for step in self.steps]
-        folders = {_existing(path.parent) for path in (*files, self.record.directory)}
+        folders = {_existing(path.parent) for path in files}
+        folders.add(_existing(self.record.directory))
         return sorted(f for f in folders if not os.access(f, os.W_OK | os.X_OK))
 
     def execute(self) -> None:

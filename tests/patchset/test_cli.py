@@ -98,17 +98,18 @@ def test_check_fails_where_apply_would(tree, release):
 def test_check_fails_where_a_folder_cannot_be_written(
     tree, release, monkeypatch, capsys, operation
 ):
-    """The new folders' own, which is the tree's, and one that is there."""
-    options = ["--check"]
+    """The new folders' own, which is the tree's, one that is there, the record's."""
+    options, places = ["--check"], [tree]
     if operation == "revert":
         assert cli.main(["apply", str(tree)]) == 0
         options.append("--revert")
+        places = [tree / ".conch"]
     backends = tree / "vllm/v1/attention/backends"
     before = snapshot(tree)
     closed = []
     monkeypatch.setattr(apply.os, "access", lambda path, mode: path not in closed)
     assert cli.main(["apply", str(tree), *options]) == 0
-    for closed in ([backends], [tree, backends]):
+    for closed in ([backends], places, [*places, backends]):
         capsys.readouterr()
         assert cli.main(["apply", str(tree), *options]) == 1
         printed = capsys.readouterr()

@@ -117,6 +117,7 @@ BAD_BATCHES = [
     ("chunk_lookback", "None", windowed(chunk_lookback=None)),
     ("alibi_sqrt", "no slopes", change("alibi_sqrt", lambda _: True)),
     ("sliding_window", "a fraction", change("sliding_window", lambda n: 1.5)),
+    ("sliding_window", "a list", change("sliding_window", lambda n: [8])),
     ("query", "heads far apart", change("query", heads_far_apart)),
     ("sliding_window", "zero", change("sliding_window", lambda n: 0)),
     ("sliding_window", "negative", change("sliding_window", lambda n: -1)),

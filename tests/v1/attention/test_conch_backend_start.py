@@ -185,14 +185,23 @@ def run_on_random_rows(
 @pytest.mark.skipif(ON_GPU, reason="see the test with a GPU")
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("name", ["A100", "H200", "MI300X"])
+@pytest.mark.parametrize("head_size, num_kv_heads", [(128, 2), (72, 1)])
 def test_random_batches_launch_what_warm_up_did(
-    name: str, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+    head_size: int,
+    num_kv_heads: int,
+    name: str,
+    kv_cache_dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On GPUs that are not here: no launch is made, each is looked at."""
+    """On GPUs that are not here: no launch is made, each is looked at.
+
+    One head of 72 is no multiple of 16, and a projection of four and two such heads is.
+    """
     use_device(monkeypatch, DEVICES[name])
     for constant, size in ("MAX_MODEL_LEN", 4096), ("MAX_NUM_TOKENS", 16384):
         monkeypatch.setattr(conch_backend_harness, constant, size)
-    monkeypatch.setattr(conch_backend_harness, "HEAD_SIZE", 128)
+    monkeypatch.setattr(conch_backend_harness, "HEAD_SIZE", head_size)
+    monkeypatch.setattr(conch_backend_harness, "NUM_KV_HEADS", num_kv_heads)
     layers = [{}, {"sliding_window": 40}]
     engine = Engine(
         layers,

@@ -7,7 +7,7 @@ lengths: grids and buffers have fixed sizes, only the lists' contents change.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -482,18 +482,20 @@ class Sight(NamedTuple):
         )
 
 
-@lru_cache
-def make_sight(
-    sliding_window: int | None,
-    chunk_lookback: int,
-    num_ranges: int | None,
-    ranges_in_window: bool,
-    has_prefix: bool,
-) -> Sight:
+@lru_cache(typed=True)
+def known_sight(sliding_window: Any, chunk_lookback: Any, *others: Any) -> Sight:
+    return Sight(*check_window(sliding_window, chunk_lookback), *others)
+
+
+def make_sight(sliding_window: Any, chunk_lookback: Any, *others: Any) -> Sight:
     """The same object for the same values: quick to compare. Or `check_window`'s
-    ValueErrors."""
-    window = check_window(sliding_window, chunk_lookback)
-    return Sight(*window, num_ranges, ranges_in_window, has_prefix)
+    ValueErrors.
+    """
+    try:
+        return known_sight(sliding_window, chunk_lookback, *others)
+    except TypeError:  # what has no hash is no window
+        check_window(sliding_window, chunk_lookback)
+        raise
 
 
 def count_ranges(mm_prefix_range: torch.Tensor) -> int:

@@ -990,13 +990,12 @@ class ConchAttentionImpl(ConchImplBase):
         lengths.append((shortest_prefill, True, True))
         # Not alone: also what decodes beside prefills need.
         unsplit = {schedule.least_unsplit_len() or shortest_prefill}
-        slices = [(False,) * 3, (True,) * 3]
-        if self.is_encoder or shares is not None:  # K and V are read where they are
-            slices.append((False, False, True))  # where the others were rotated
         if shares is not None:
             own_heads = shares.new_tokens.schedules[self.schedule_key]
             unsplit.add(own_heads.least_unsplit_len() or shortest_prefill)
         lengths += [(length, False, False) for length in sorted(unsplit)]
+        # Query and key are rotated alike.
+        slices = [(qk, qk, v) for qk, v in product((False, True), repeat=2)]
         for length, *options in product(
             lengths,
             self.causal_modes(schedule.device),

@@ -245,9 +245,11 @@ class ConchMetadataBase(ABC):
         """Recomputes the schedules, here without the ranges."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        had_ranges = getattr(self, "mm_prefix_range", None) is not None
+        had_ranges = False
+        if name == "mm_prefix_range":  # most are others
+            had_ranges = getattr(self, name, None) is not None
         super().__setattr__(name, value)
-        if name == "mm_prefix_range" and had_ranges and value is None:
+        if had_ranges and value is None:
             self.update_schedules()
 
 
