@@ -146,7 +146,10 @@ def test_kernels_for_hopper(
         name for name in launched if name.endswith(("prefill_kernel", "decode_kernel"))
     }
     assert kernels == {"hopper_prefill_kernel", "hopper_decode_kernel"}
-    assert 1 in shares
+    # Where decodes are beside prefills, and only there.
+    assert set(shares) == {1}
+    mixed = [{query_len == 1 for query_len, _ in batch} for batch in steps.batches]
+    assert {True, False} in mixed and {False} in mixed
 
 
 def test_preemption(llama: tuple[str, PreTrainedModel], steps: Steps) -> None:

@@ -463,9 +463,8 @@ class ConchAttentionMetadataBuilder(ConchBuilderBase):
             is_empty = self.has_no_context(common)
             share = self.shares.build(len(seq_lens), max_query_len, is_empty)
         metadata = ConchAttentionMetadata(
-            num_actual_tokens=int(
-                common.num_actual_tokens
-            ),  # drafts may count in NumPy
+            # Drafts may count in NumPy.
+            num_actual_tokens=int(common.num_actual_tokens),
             max_query_len=max_query_len,
             query_start_loc=common.query_start_loc,
             seq_lens=seq_lens,
