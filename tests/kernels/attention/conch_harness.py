@@ -395,6 +395,7 @@ def with_tiles(
     masked_tile: int | None = None,
     *,
     boxes: bool = False,
+    halves: bool = False,
 ) -> VarlenSchedule:
     """The schedule with other numbers of keys per tile than its plan chooses.
 
@@ -403,6 +404,7 @@ def with_tiles(
         tile: keys.
         masked_tile: keys, where prefill masks a tile.
         boxes: prefill reads K and V in boxes where it can; else never.
+        halves: where it cannot, its tiles have half as many rows.
 
     """
     chosen = schedule.plan_for
@@ -410,10 +412,11 @@ def with_tiles(
     def plan_for(max_query_len: int, **few: bool):
         plan = chosen(max_query_len, **few)
         prefill = dataclasses.replace(plan.prefill, tile=tile, masked_tile=masked_tile)
+        half = dataclasses.replace(prefill, block_m=prefill.block_m // 2)
         return dataclasses.replace(
             plan,
             decode=dataclasses.replace(plan.decode, tile=tile),
-            prefill=prefill,
+            prefill=half if halves else prefill,
             prefill_boxes=prefill if boxes else None,
         )
 

@@ -20,10 +20,10 @@ from vllm.attention.ops.conch.plan import (
     AttentionPlan,
     Config,
     Device,
+    Order,
     Shape,
     check_layer_shape,
     count_xcds,
-    head_lanes,
     make_plan,
     this_device,
 )
@@ -90,7 +90,8 @@ def test_every_shape_has_a_plan(shape, device, max_query_len):
     check_layer_shape(shape)
     chosen = make_plan(shape, device, max_query_len)
     assert chosen.num_workers >= device.num_units
-    assert chosen.prefill_rows % chosen.prefill.block_m == 0
+    for config in (chosen.prefill, chosen.prefill_boxes or chosen.prefill):
+        assert chosen.prefill_rows % config.block_m == 0
     for config in configs(chosen):
         assert config.block_m >= 16 and is_power_of_two(config.block_m)
         assert config.tile >= 16 and is_power_of_two(config.tile)
@@ -163,14 +164,16 @@ def test_no_wgmma_with_converted_operands(shape, max_query_len):
 @settings(deadline=None, max_examples=300)
 @given(shapes, devices)
 def test_boxes(shape, device):
-    """Only of 16 bits and within a page, and the schedule knows one number of rows."""
-    for chosen in portable(shape, device), make_plan(shape, device, 1):
+    """Only of 16 bits and within a page, and items are whole tiles."""
+    few = make_plan(shape, device, 1, True, small=True)
+    for chosen in portable(shape, device), make_plan(shape, device, 1), few:
         boxes = chosen.prefill_boxes
         if boxes:
             assert device in (H200, DEVICES["B200"])
             assert shape.query_dtype.itemsize == shape.kv_dtype.itemsize == 2
             assert shape.block_size % boxes.tile == 0
-            assert boxes.block_m == chosen.prefill.block_m
+            assert chosen.prefill_rows == boxes.block_m
+            assert chosen.prefill_rows % chosen.prefill.block_m == 0
 
 
 @pytest.mark.parametrize("block_size, expected", [(16, False), (64, True), (192, True)])
@@ -188,20 +191,27 @@ def test_boxes_need_pages_of_a_tile(head_size, block_size, expected):
 
 @settings(deadline=None, max_examples=300)
 @given(shapes, devices)
-def test_lanes_of_heads(shape, device):
+def test_order(shape, device):
+    """An L2 of its own for each die and KV head, or reads that meet in one for all."""
     chosen = make_plan(shape, device, 1)
-    tiles = shape.num_query_heads // chosen.prefill_pack
-    if device.num_xcds == 1:
-        assert chosen.head_lanes is None
+    order, tile = chosen.order, chosen.prefill
+    assert shape.num_kv_heads % order.lanes == 0
+    if device.num_xcds > 1:
+        assert order == Order(math.gcd(shape.num_kv_heads, device.num_xcds), None)
+    elif shape.head_padded > 128:
+        assert order.tiles(tile) == 1
     else:
-        assert chosen.head_lanes == head_lanes(tiles, 8) == math.gcd(tiles, 8)
+        programs = order.tiles(tile) * shape.group // chosen.prefill_pack
+        resident = 128 * device.num_units // tile.block_m
+        assert programs <= max(resident, shape.group // chosen.prefill_pack)
+        assert order.lanes == 1
 
 
 # What comments in the plan give rates for: (head size, cache, page, decode, prefill).
 MEASURED = [
-    (64, BF16, 16, Config(16, 128, 4, 5), Config(64, 128, 4, 2, masked_tile=64)),
+    (64, BF16, 16, Config(16, 128, 4, 5), Config(64, 64, 4, 3)),
     (64, BF16, 128, Config(16, 128, 4, 5), Config(64, 64, 4, 3)),
-    (128, BF16, 16, Config(16, 64, 4, 5), Config(128, 128, 8, 2, masked_tile=64)),
+    (128, BF16, 16, Config(16, 64, 4, 5), Config(64, 64, 4, 3)),
     (128, BF16, 128, Config(16, 64, 4, 5), Config(128, 64, 4, 2, masked_tile=32)),
     (128, E4M3, 16, Config(16, 128, 4, 5), Config(64, 128, 4, 2, synced=True)),
 ]
@@ -348,7 +358,7 @@ def test_few_tiles_of_hopper(group, pack, triton_of_hopper):
         assert chosen.split == (plan.Split(128, tiles, 132) if fits else None)
         assert chosen.head_tiles == tiles
         heads = shape.num_query_heads
-        others = {"prefill_pack": 1, "head_tiles": heads, "head_lanes": None}
+        others = {"prefill_pack": 1, "head_tiles": heads, "order": many.order}
         assert replace(chosen, split=None, **others) == many
 
 
@@ -376,6 +386,18 @@ def test_small_tiles_of_hopper(head_size, rows, triton_of_hopper):
     assert replace(usual, **{x: getattr(small, x) for x in changed}) == small
 
 
+def test_small_tiles_of_pages():
+    """Where boxes have more rows than what reads small pages: those have them too."""
+    usual, small = (
+        make_plan(layer(128, block_size=128), H200, 1, True, small=few)
+        for few in (False, True)
+    )
+    assert usual.prefill_boxes.block_m == 2 * small.prefill_boxes.block_m
+    assert small.prefill_boxes == small.prefill == usual.prefill
+    changed = {"prefill_boxes": small.prefill, "prefill_rows": 64, "small": True}
+    assert replace(usual, **changed) == small
+
+
 @pytest.mark.parametrize(
     "shape, device, options",
     [
@@ -383,7 +405,8 @@ def test_small_tiles_of_hopper(head_size, rows, triton_of_hopper):
         (layer(128, E4M3, E4M3), H200, {}),
         (layer(128, FP32), H200, {}),
         (layer(128), H200, {"portable": True}),
-        (layer(128), H200, {"batch_invariant": True}),
+        (layer(64, block_size=128), H200, {"portable": True}),
+        (layer(128, block_size=128), H200, {"batch_invariant": True}),
         (layer(128), DEVICES["A100"], {}),
         (layer(128), DEVICES["MI300X"], {}),
     ],
@@ -401,7 +424,7 @@ def test_hopper_kernel(head_size, triton_of_hopper, monkeypatch):
     # The schedule and the portable kernel, which strides may call for, share rows.
     rows = hopper_prefill.CONFIGS[head_size].block_m
     for config in (chosen.prefill, make_plan(paged, H200, 1).prefill_boxes):
-        assert config.block_m == rows
+        assert rows % config.block_m == 0
     assert chosen.prefill_pack == hopper_prefill.packed_heads(shape.group)
     for other in (
         (layer(head_size, BF16, E4M3), H200),

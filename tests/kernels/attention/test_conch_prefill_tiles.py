@@ -54,11 +54,12 @@ def described(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return caches
 
 
-def check_boxes(batch, described, tile=16, masked_tile=None) -> bool:
+def check_boxes(batch, described, tile=16, masked_tile=None, halves=False) -> bool:
     """Whether prefill reads both caches in boxes; fails if the result is wrong."""
     described.clear()
     schedule = make_schedule(batch, portable=True)
-    check(batch, update(with_tiles(schedule, tile, masked_tile, boxes=True), batch))
+    with_tiles(schedule, tile, masked_tile, boxes=True, halves=halves)
+    check(batch, update(schedule, batch))
     assert len(described) in (0, 2)
     return bool(described)
 
@@ -91,12 +92,13 @@ def test_boxes_of_one_head_and_one_page(described):
     assert check_boxes(batch, described)
 
 
-def test_what_boxes_cannot_read(described):
+@pytest.mark.parametrize("halves", [False, True])
+def test_what_boxes_cannot_read(halves, described):
     """Strides or addresses of odd multiples of 2 bytes: pointers do, from the start
-    and after a call that used boxes."""
+    and after a call that used boxes, in tiles with as many rows or half as many."""
     batch = make_batch(PREFILLS, dtype=torch.float16)
     if INTERPRETED:
-        assert check_boxes(batch, described)
+        assert check_boxes(batch, described, halves=halves)
 
     def copy(cache: torch.Tensor, width: int, offset: int) -> torch.Tensor:
         wide = torch.full((*cache.shape[:3], width), torch.nan).to(cache)
@@ -107,8 +109,8 @@ def test_what_boxes_cannot_read(described):
         cache = getattr(batch, name)
         for changed in (copy(cache, width, 1), copy(cache, width + 1, 0)):
             setattr(batch, name, changed)
-            assert not check_boxes(batch, described)
+            assert not check_boxes(batch, described, halves=halves)
         setattr(batch, name, copy(cache, width, 0))
         if INTERPRETED:
-            assert check_boxes(batch, described)
+            assert check_boxes(batch, described, halves=halves)
         setattr(batch, name, cache)

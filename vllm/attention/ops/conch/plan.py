@@ -172,6 +172,31 @@ class Split(NamedTuple):
         return 2 * self.max_tiles
 
 
+class Order(NamedTuple):
+    """In which order programs take the tiles of prefill rows, each for all head tiles.
+
+    Programs are dealt to lanes in turn, each of which has as many of the KV heads. A
+    lane takes tiles block by block, of each block all that read one KV head before the
+    next, and of a tile all head tiles of a KV head at once.
+
+    XCDs have an L2 each (4 MiB on an MI300X), and programs are dealt to them in turn. A
+    number of lanes that divides that of the XCDs keeps every lane on XCDs of its own:
+    what shares a KV head finds its keys in one L2, one head at a time.
+
+    Where one L2 serves all, a block is as many tiles of 64 rows as run at once, two to
+    a multiprocessor: what they read is the same. On an H200, 32/8 heads of 128, pages
+    of 16, blocks of 264, 132 and 4 tiles take, in ms: 32k tokens 19.6, 20.3 and 20.9;
+    2k tokens over 32k 2.35, 2.41 and 2.49.
+    """
+
+    lanes: int
+    rows: int | None  # of a block; None: all
+
+    def tiles(self, config: Config) -> int | None:
+        """Tiles of rows in a block."""
+        return None if self.rows is None else max(1, self.rows // config.block_m)
+
+
 @dataclass(frozen=True)
 class AttentionPlan:
     decode: Config
@@ -181,7 +206,7 @@ class AttentionPlan:
     prefill_pack: int  # query heads in a tile of prefill rows
     head_tiles: int  # such tiles for all query heads
     prefill_rows: int  # of a prefill item: one or more tiles of the portable kernel
-    head_lanes: int | None  # see `head_lanes`
+    order: Order  # of the portable kernel's programs
     # "16-bit" or "fp8": that Hopper kernel does prefills, where strides and options
     # allow.
     hopper: str | None
@@ -454,20 +479,23 @@ def plan_prefill_hopper(shape: Shape) -> Config:
         if wide <= 128:
             return Config(32, 64, 8 if wide <= 64 else 4, 3)
         return Config(32, 32, 8, 3)
-    if wide <= 64:
-        # 413 TFLOP/s with pages of 16; 64 keys: 376.
-        return Config(64, 128, 4, 2, masked_tile=64)
     if wide <= 128:
-        # 449 TFLOP/s with pages of 128 and 419 with 16; 64 keys: 394 with 16.
-        return Config(128, 128, 8, 2, masked_tile=64)
+        # Two programs on a multiprocessor or more, each of one warpgroup: one has
+        # products while the other has exponentials. Pages of 16, heads of 128: 420
+        # TFLOP/s, and 441 over 32k; 128 rows and keys, 8 warps 364 and 344. Heads of
+        # 64: 373 and 375; 128 keys 323 and 301; with 128 registers a thread 396 and
+        # 395, but some spill.
+        return Config(64, 64, 4, 3)
     if wide <= 256:
         # 523 TFLOP/s with pages of 16; 32 keys: 424.
         return Config(128, 64, 8, 2, masked_tile=32)
     return Config(64, 32, 8, 2)
 
 
-# By head size, padded. Measured as above, with pages of 128: 422, 523 and 531 TFLOP/s.
-# At 128, 128 keys and 8 warps: 464, as only one such program fits a multiprocessor.
+# By head size, padded. Measured as above, with pages of 128: 414, 483 and 536 TFLOP/s.
+# At 128, 64 rows as above: 479, over 32k 494 for 502, but with 8/1 heads 511 for 552;
+# where tiles are few they are faster: with these heads 237 for 143 at 2k. 128 keys and
+# 8 warps 464 for 523, as only one such program fits a multiprocessor.
 HOPPER_BOXES = {
     64: Config(64, 64, 4, 3),
     128: Config(128, 64, 4, 2, masked_tile=32),
@@ -498,14 +526,14 @@ def with_rows(config: Config, rows: int) -> Config:
     return replace(config, block_m=rows, num_warps=max(4, num_warps))
 
 
-def head_lanes(head_tiles: int, num_xcds: int) -> int | None:
-    """In how many lanes the head tiles of a prefill go side by side; None: all.
-
-    Programs are dealt to the XCDs in turn, so a number of lanes that divides that of
-    the XCDs keeps every lane on XCDs of its own: all tiles that share a KV head find
-    its keys in one L2 (4 MiB on an MI300X), one head at a time.
-    """
-    return math.gcd(head_tiles, num_xcds) if num_xcds > 1 else None
+def plan_order(shape: Shape, device: Device, pack: int) -> Order:
+    """The order of the programs of prefill; pack: query heads in a tile of rows."""
+    if device.num_xcds > 1:
+        return Order(math.gcd(shape.num_kv_heads, device.num_xcds), None)
+    if shape.head_padded > 128:
+        # On an H200 q8k with heads of 256 takes 1206 us so, and 1267 in blocks.
+        return Order(1, 1)
+    return Order(1, max(1, 128 * device.num_units * pack // shape.group))
 
 
 def hopper_kernel(shape: Shape, device: Device) -> str | None:
@@ -592,6 +620,8 @@ def fix_order(
         # On an H200 q8k with pages of 16 take 1712 us; in two stages 1786, with 128
         # rows 1819. Head size 256: 128 rows 1808, 64 rows 3714.
         prefill = replace(prefill, num_stages=3)
+    elif device.arch == 90 and wide <= 64:
+        prefill = replace(prefill, num_stages=2)
     decode, prefill = (
         replace(
             config,
@@ -633,18 +663,22 @@ def make_plan(
     hopper = None if portable or batch_invariant else hopper_kernel(shape, device)
     prefill, pack = plan_prefill(shape, device), shape.group
     boxes = plan_prefill_boxes(shape, device, prefill)
-    rows = prefill.block_m
+    rows = max(config.block_m for config in (prefill, boxes) if config)
     if hopper is not None:
         module = hopper_fp8_prefill if hopper == "fp8" else hopper_prefill
         rows = module.CONFIGS[max(64, shape.head_padded)].block_m
         is_short = split_query_len is not None and split_query_len < SHORT_QUERY_LEN
         pack = hopper_prefill.packed_heads(shape.group, is_short)
-    small &= hopper == "16-bit" and hopper_prefill.has_small(shape.head_size)
-    if small:
-        rows = hopper_prefill.find_config(shape.head_size, small).block_m
     if hopper == "16-bit":
+        small &= hopper_prefill.has_small(shape.head_size)
+    else:
+        small &= hopper is None and rows > prefill.block_m and not batch_invariant
+    if small:
+        rows //= 2
+    if hopper == "16-bit" and prefill.block_m > rows:
         prefill = with_rows(prefill, rows)
-        boxes = with_rows(boxes, rows) if boxes else None
+    if boxes is not None and boxes.block_m > rows:
+        boxes = prefill
     decode = plan_decode(shape, device, max_query_len)
     abreast, segment = plan_abreast(shape, device), None
     if batch_invariant:
@@ -669,7 +703,7 @@ def make_plan(
         prefill_pack=pack,
         head_tiles=head_tiles,
         prefill_rows=rows,
-        head_lanes=head_lanes(head_tiles, device.num_xcds),
+        order=plan_order(shape, device, pack),
         hopper=hopper,
         hopper_decode=has_hopper_decode(shape, hopper),
         kv_format=plan_kv_format(shape.kv_dtype, device),

@@ -168,15 +168,35 @@ def attend_segments(
 
 
 @triton.jit
-def head_and_item(program, head_tiles, num_items, HEAD_LANES: tl.constexpr):
-    """Which head tile and which item a program takes; see `plan.head_lanes`.
+def head_and_tile(
+    program, num_tiles, KV_HEADS: tl.constexpr, SHARING: tl.constexpr,
+    LANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Which head tile and which tile of rows a program takes; see `plan.Order`.
 
-    Programs are dealt to HEAD_LANES lanes in turn. Each lane has an equal run of the
-    head tiles and takes all items of one before the next.
+    Tiles of rows are in the order of the items, heaviest first. Fewer than two blocks
+    are taken tile by tile, so that what is heaviest still comes first.
+
+    Args:
+        program: number of the program.
+        num_tiles: of rows; each is there for every head tile.
+        KV_HEADS: a multiple of LANES.
+        SHARING: head tiles of a KV head.
+        LANES: see `plan.Order`.
+        BLOCK: tiles of rows in a block; None: all.
+
     """
-    rank = program // HEAD_LANES  # in its lane
-    head_tile = program % HEAD_LANES * (head_tiles // HEAD_LANES) + rank // num_items
-    return head_tile, rank % num_items
+    HEADS: tl.constexpr = KV_HEADS // LANES
+    rank = program // LANES  # in its lane
+    block = num_tiles
+    if BLOCK is not None:
+        block = tl.where(num_tiles >= 2 * BLOCK, BLOCK, 1)
+    first = rank // (block * HEADS * SHARING) * block
+    place = rank % (block * HEADS * SHARING)
+    of_head = tl.minimum(block, num_tiles - first) * SHARING
+    kv_head = program % LANES * HEADS + place // of_head
+    place %= of_head
+    return kv_head * SHARING + place % SHARING, first + place // SHARING
 
 
 # Microbatches slice what is per sequence anywhere: alignment must make no variant.
@@ -230,7 +250,8 @@ def prefill_kernel(
     PACK: tl.constexpr,  # query heads in a tile, a divisor of GROUP
     ITEM_TILES: tl.constexpr,  # tiles of rows that an item has
     HEAD_TILES: tl.constexpr,  # tiles of PACK heads
-    HEAD_LANES: tl.constexpr,  # see head_and_item; None: heads of an item in turn
+    LANES: tl.constexpr,  # see `head_and_tile`
+    BLOCK: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -257,20 +278,18 @@ def prefill_kernel(
     FP8_MAX: tl.constexpr,
 ):
     # One dimension, as others of a grid have at most 65535 programs.
-    program = tl.program_id(0)
-    head_tile, item_index = program % HEAD_TILES, program // HEAD_TILES
-    if HEAD_LANES is not None:
-        num_items = tl.num_programs(0) // HEAD_TILES
-        head_tile, item_index = head_and_item(
-            program, HEAD_TILES, num_items, HEAD_LANES
-        )
+    SHARING: tl.constexpr = GROUP // PACK
+    head_tile, row_tile = head_and_tile(
+        tl.program_id(0), tl.num_programs(0) // HEAD_TILES,
+        HEAD_TILES // SHARING, SHARING, LANES, BLOCK,
+    )  # fmt: skip
     first_head = head_tile * PACK
     kv_head = first_head // GROUP
-    item = items_ptr + item_index // ITEM_TILES * ITEM_FIELDS
+    item = items_ptr + row_tile // ITEM_TILES * ITEM_FIELDS
     sequence = tl.load(item)
     if sequence < 0:
         return
-    m_block = tl.load(item + 1) * ITEM_TILES + item_index % ITEM_TILES
+    m_block = tl.load(item + 1) * ITEM_TILES + row_tile % ITEM_TILES
     query_start = tl.load(item + 2)
     query_len = tl.load(item + 3)
     seq_len = tl.load(item + 4)
@@ -359,10 +378,10 @@ def prefill_kernel(
     if partial_acc_ptr is not None:
         is_whole = tl.load(item + 7) == 1
         if not is_whole:
-            place = item_index // ITEM_TILES * HEAD_TILES + head_tile
+            place = row_tile // ITEM_TILES * HEAD_TILES + head_tile
             leave_partial(
                 (partial_acc_ptr, partial_max_ptr, partial_sum_ptr),
-                place * ITEM_TILES + item_index % ITEM_TILES,
+                place * ITEM_TILES + row_tile % ITEM_TILES,
                 acc, row_max, row_sum, row_valid, BLOCK_M, HEAD_PADDED,
             )  # fmt: skip
     if is_whole:

@@ -260,7 +260,8 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
                 PACK=plan.prefill_pack,
                 ITEM_TILES=plan.prefill_rows // config.block_m,
                 HEAD_TILES=plan.head_tiles,
-                HEAD_LANES=plan.head_lanes,
+                LANES=plan.order.lanes,
+                BLOCK=plan.order.tiles(config),
                 MASKED_TILE=config.masked_tile or config.tile,
                 SYNCED=config.synced,
                 SCALE_COLUMNS=config.scale_columns,
@@ -416,9 +417,6 @@ class PreparedAttention:
         """
         self.schedule = schedule
         plan, shape = schedule.plan, schedule.shape
-        # Head tiles, and tiles of rows for each of these.
-        row_tiles = plan.prefill_rows // plan.prefill.block_m
-        self.item_programs = plan.head_tiles * row_tiles
         caches, options = (key_cache, value_cache), (*scales, *features)
         decode_work = (
             block_table,
@@ -436,8 +434,8 @@ class PreparedAttention:
             work = (schedule.items, schedule.splits, *states)
             self.combine = launches.combine.bind(*work, v_scale, sinks, output_scale)
         self.hopper_decode = self.hopper_prefill = None
-        prefill, boxes = launches.prefill, Described(None, None)
-        config, aligned = plan.prefill_boxes, is_aligned(*caches)
+        prefill, boxes, config = launches.prefill, Described(None, None), plan.prefill
+        aligned = is_aligned(*caches)
         if launches.hopper_decode and aligned:
             self.hopper_decode = HopperAttention(
                 launches.hopper_decode, caches, *decode_work, sinks
@@ -452,9 +450,12 @@ class PreparedAttention:
                 *states,
                 *(scales if plan.hopper == "fp8" else ()),
             )
-        if config and launches.boxes and aligned:
-            prefill, box = launches.boxes, (config.tile, shape.head_padded)
+        if launches.boxes and plan.prefill_boxes and aligned:
+            prefill, config = launches.boxes, plan.prefill_boxes
+            box = config.tile, shape.head_padded
             boxes = Described(*(describe_pages(c, *box) for c in caches))
+        # Head tiles, and tiles of rows for each of these.
+        self.item_programs = plan.head_tiles * (plan.prefill_rows // config.block_m)
         work = (block_table, schedule.items, *states)
         self.prefill = prefill.bind(*caches, *work, *options, described=boxes)
 
