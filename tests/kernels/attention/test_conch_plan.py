@@ -172,7 +172,7 @@ def test_boxes(shape, device):
             assert device in (H200, DEVICES["B200"])
             assert shape.query_dtype.itemsize == shape.kv_dtype.itemsize == 2
             assert shape.block_size % boxes.tile == 0
-            assert chosen.prefill_rows == boxes.block_m
+            assert chosen.prefill_rows % boxes.block_m == 0
             assert chosen.prefill_rows % chosen.prefill.block_m == 0
 
 
@@ -199,12 +199,16 @@ def test_order(shape, device):
     if device.num_xcds > 1:
         assert order == Order(math.gcd(shape.num_kv_heads, device.num_xcds), None)
     elif shape.head_padded > 128:
-        assert order.tiles(tile) == 1
+        assert order == Order(1, 1)
     else:
         programs = order.tiles(tile) * shape.group // chosen.prefill_pack
         resident = 128 * device.num_units // tile.block_m
         assert programs <= max(resident, shape.group // chosen.prefill_pack)
         assert order.lanes == 1
+    few = make_plan(shape, device, 1, split_query_len=17)
+    for other in make_plan(shape, device, 1, batch_invariant=True), few:
+        in_turn = device.num_xcds == 1 and (other.split or other.segment)
+        assert other.order == (Order(1, 1) if in_turn else order)
 
 
 # What comments in the plan give rates for: (head size, cache, page, decode, prefill).
@@ -224,6 +228,16 @@ def test_measured_on_an_h200(head_size, kv_dtype, page, decode, prefill):
         chosen = portable(layer(head_size, query_dtype, cache, block_size=page), H200)
         assert chosen.decode == decode
         assert (chosen.prefill_boxes or chosen.prefill) == prefill
+
+
+@pytest.mark.parametrize("page", [16, 128])
+@pytest.mark.parametrize("head_size", [64, 80, 128])
+def test_items_fill_multiprocessors(head_size, page):
+    """Two programs of 64 rows to each, or one of 128."""
+    chosen = portable(layer(head_size, block_size=page), H200)
+    assert chosen.prefill_rows == 128
+    converted = portable(layer(head_size, BF16, E5M2, block_size=page), H200)
+    assert converted.prefill_rows == converted.prefill.block_m
 
 
 @pytest.mark.parametrize("name", ["A100", "L40S", "RTX 5090"])

@@ -24,6 +24,7 @@ from tests.kernels.attention.conch_harness import (  # noqa: F401
     make_schedule,
     poisoned_scratch,
     update,
+    with_tiles,
 )
 from vllm.attention.ops.conch import schedule as schedule_module
 from vllm.attention.ops.conch.schedule import LAST_KEY, VarlenSchedule
@@ -130,6 +131,18 @@ def test_output_in_fp8():
             output_dtype=torch.float8_e4m3fn,
         )
     )
+
+
+def test_several_tiles_of_an_item():
+    """Each leaves its parts in a place of its own."""
+    for lengths in BATCHES["several"], BATCHES["several_tiles"]:
+        batch = make_batch(lengths, num_kv_heads=1, dtype=HALF)
+        schedule = make_schedule(batch, portable=True)
+        with_tiles(schedule, schedule.plan.prefill.tile, halves=True)
+        update(schedule, batch, num_prefills=len(lengths))
+        assert schedule.plan.prefill_rows >= 2 * schedule.plan.prefill.block_m
+        assert num_splits(schedule) > 0
+        check(batch, schedule)
 
 
 def test_the_portable_kernel():

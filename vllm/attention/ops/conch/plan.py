@@ -467,6 +467,14 @@ def plan_prefill_converted(shape: Shape) -> Config:
     return Config(64, 128, 4, 2, synced=True)
 
 
+# Two such programs or more run at once on a multiprocessor, each of one warpgroup: one
+# has products while the other has exponentials. On an H200, pages of 16, heads of 128,
+# q8k has 420 TFLOP/s and q32k 441; with 128 rows and keys, 8 warps 364 and 344. Heads
+# of 64: 373 and 375; 128 keys 323 and 301; with 128 registers a thread 396 and 395, but
+# some spill.
+HOPPER_TILE = Config(64, 64, 4, 3)
+
+
 def plan_prefill_hopper(shape: Shape) -> Config:
     """Measured on an H200 at 8k tokens, causal, bf16."""
     wide = shape.head_padded
@@ -480,12 +488,7 @@ def plan_prefill_hopper(shape: Shape) -> Config:
             return Config(32, 64, 8 if wide <= 64 else 4, 3)
         return Config(32, 32, 8, 3)
     if wide <= 128:
-        # Two programs on a multiprocessor or more, each of one warpgroup: one has
-        # products while the other has exponentials. Pages of 16, heads of 128: 420
-        # TFLOP/s, and 441 over 32k; 128 rows and keys, 8 warps 364 and 344. Heads of
-        # 64: 373 and 375; 128 keys 323 and 301; with 128 registers a thread 396 and
-        # 395, but some spill.
-        return Config(64, 64, 4, 3)
+        return HOPPER_TILE
     if wide <= 256:
         # 523 TFLOP/s with pages of 16; 32 keys: 424.
         return Config(128, 64, 8, 2, masked_tile=32)
@@ -493,11 +496,11 @@ def plan_prefill_hopper(shape: Shape) -> Config:
 
 
 # By head size, padded. Measured as above, with pages of 128: 414, 483 and 536 TFLOP/s.
-# At 128, 64 rows as above: 479, over 32k 494 for 502, but with 8/1 heads 511 for 552;
-# where tiles are few they are faster: with these heads 237 for 143 at 2k. 128 keys and
-# 8 warps 464 for 523, as only one such program fits a multiprocessor.
+# At 128 HOPPER_TILE has 479, over 32k 494 for 502, but with 8/1 heads 511 for 552;
+# where tiles are few it is faster: with these heads 237 for 143 at 2k. 128 keys and 8
+# warps 464 for 523, as only one such program fits a multiprocessor.
 HOPPER_BOXES = {
-    64: Config(64, 64, 4, 3),
+    64: HOPPER_TILE,
     128: Config(128, 64, 4, 2, masked_tile=32),
     256: Config(128, 64, 8, 2, masked_tile=32),
 }
@@ -526,12 +529,20 @@ def with_rows(config: Config, rows: int) -> Config:
     return replace(config, block_m=rows, num_warps=max(4, num_warps))
 
 
-def plan_order(shape: Shape, device: Device, pack: int) -> Order:
-    """The order of the programs of prefill; pack: query heads in a tile of rows."""
+def plan_order(shape: Shape, device: Device, pack: int, in_turn: bool) -> Order:
+    """The order of the programs of prefill.
+
+    Args:
+        shape: of the layers.
+        device: to run on.
+        pack: query heads in a tile of rows.
+        in_turn: no blocks.
+
+    """
     if device.num_xcds > 1:
         return Order(math.gcd(shape.num_kv_heads, device.num_xcds), None)
-    if shape.head_padded > 128:
-        # On an H200 q8k with heads of 256 takes 1206 us so, and 1267 in blocks.
+    # On an H200 q8k with heads of 256 takes 1206 us in turn, and 1267 in blocks.
+    if in_turn or shape.head_padded > 128:
         return Order(1, 1)
     return Order(1, max(1, 128 * device.num_units * pack // shape.group))
 
@@ -664,6 +675,9 @@ def make_plan(
     prefill, pack = plan_prefill(shape, device), shape.group
     boxes = plan_prefill_boxes(shape, device, prefill)
     rows = max(config.block_m for config in (prefill, boxes) if config)
+    if prefill == HOPPER_TILE and device.arch == 90:
+        # An item for both programs of a multiprocessor: few, which are split, fill all.
+        rows = 2 * HOPPER_TILE.block_m
     if hopper is not None:
         module = hopper_fp8_prefill if hopper == "fp8" else hopper_prefill
         rows = module.CONFIGS[max(64, shape.head_padded)].block_m
@@ -672,7 +686,9 @@ def make_plan(
     if hopper == "16-bit":
         small &= hopper_prefill.has_small(shape.head_size)
     else:
-        small &= hopper is None and rows > prefill.block_m and not batch_invariant
+        # What boxes have more rows for, pages of another size have already.
+        has_more = boxes is not None and boxes.block_m > prefill.block_m
+        small &= hopper is None and has_more and not batch_invariant
     if small:
         rows //= 2
     if hopper == "16-bit" and prefill.block_m > rows:
@@ -703,7 +719,8 @@ def make_plan(
         prefill_pack=pack,
         head_tiles=head_tiles,
         prefill_rows=rows,
-        order=plan_order(shape, device, pack),
+        # Few tiles are no two blocks, and with segments blocks were not measured.
+        order=plan_order(shape, device, pack, few is not None or batch_invariant),
         hopper=hopper,
         hopper_decode=has_hopper_decode(shape, hopper),
         kv_format=plan_kv_format(shape.kv_dtype, device),

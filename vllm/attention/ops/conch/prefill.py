@@ -174,8 +174,8 @@ def head_and_tile(
 ):  # fmt: skip
     """Which head tile and which tile of rows a program takes; see `plan.Order`.
 
-    Tiles of rows are in the order of the items, heaviest first. Fewer than two blocks
-    are taken tile by tile, so that what is heaviest still comes first.
+    Tiles of rows are in the order of the items, heaviest first. So are those that whole
+    blocks leave, and all where there are not two blocks: these go tile by tile.
 
     Args:
         program: number of the program.
@@ -188,15 +188,22 @@ def head_and_tile(
     """
     HEADS: tl.constexpr = KV_HEADS // LANES
     rank = program // LANES  # in its lane
-    block = num_tiles
-    if BLOCK is not None:
-        block = tl.where(num_tiles >= 2 * BLOCK, BLOCK, 1)
-    first = rank // (block * HEADS * SHARING) * block
-    place = rank % (block * HEADS * SHARING)
-    of_head = tl.minimum(block, num_tiles - first) * SHARING
-    kv_head = program % LANES * HEADS + place // of_head
-    place %= of_head
-    return kv_head * SHARING + place % SHARING, first + place // SHARING
+    if BLOCK is None:
+        kv_head = rank // (num_tiles * SHARING)
+        tile = rank // SHARING % num_tiles
+    elif BLOCK == 1:
+        kv_head, tile = rank // SHARING % HEADS, rank // (SHARING * HEADS)
+    else:
+        # By constants, as quotients of numbers take registers of every thread.
+        OF_HEAD: tl.constexpr = BLOCK * SHARING
+        num_blocks = num_tiles // BLOCK
+        block = rank // (OF_HEAD * HEADS)
+        in_block = (block < num_blocks) & (num_blocks > 1)
+        kv_head = tl.where(in_block, rank // OF_HEAD, rank // SHARING) % HEADS
+        tile = block * BLOCK + rank % OF_HEAD // SHARING
+        tile = tl.where(in_block, tile, rank // (SHARING * HEADS))
+    kv_head += program % LANES * HEADS
+    return kv_head * SHARING + rank % SHARING, tile
 
 
 # Microbatches slice what is per sequence anywhere: alignment must make no variant.
