@@ -139,6 +139,24 @@ def test_small_tiles(options, head_size, monkeypatch):
 
 
 @on_hopper
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 60}])
+@pytest.mark.parametrize("is_small", [True, False])
+def test_tiles_of_the_portable_kernel(is_small, options, monkeypatch):
+    """In boxes, of 128 rows or, where they are few, of 64; and of 64 by pointers."""
+    use_hopper(monkeypatch, num_units=32)
+    shape = {"head_size": 128, "num_kv_heads": 1, "dtype": FP16} | options
+    lengths = [(65, 300), (1, 90), (128, 128), (0, 0), (40, 20)]
+    known = {"num_prefills": 3, "max_prefill_seq_len": 300} if is_small else {}
+    for block_size, rows in (64, 64 if is_small else 128), (16, 64):
+        batch = make_batch(lengths, block_size=block_size, **shape)
+        schedule = update(make_schedule(batch, portable=True), batch, **known)
+        chosen = schedule.plan
+        assert chosen.small == (is_small and block_size == 64)
+        assert (chosen.prefill_boxes or chosen.prefill).block_m == rows
+        check(batch, schedule, truncated_sums=300 // 16)
+
+
+@on_hopper
 @pytest.mark.parametrize(
     "is_small, lengths, options",
     [
@@ -182,6 +200,32 @@ def test_which_batches_have_small_tiles(is_small, lengths, options, monkeypatch)
     # What the host does not know decides nothing.
     for name, value in known.items():
         assert not update(schedule, batch, **{name: value}).plan.small
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    "is_small, query_len, options",
+    [
+        (True, 1056, {}),  # 264 tiles of 128 rows, for 132 multiprocessors
+        (False, 1057, {}),
+        (False, 1056, {"portable": False}),
+        (False, 1056, {"block_size": 16}),
+    ],
+)
+def test_which_batches_have_small_tiles_in_boxes(
+    is_small, query_len, options, monkeypatch
+):
+    if not ON_HOPPER:
+        use_hopper(monkeypatch, num_units=132)
+    options = {"block_size": 128, "portable": True} | options
+    shape = {"num_query_heads": 32, "num_kv_heads": 8, "head_size": 128, "dtype": BF16}
+    lengths = [(query_len, query_len)]
+    batch = make_batch(lengths, padding=0, block_size=options["block_size"], **shape)
+    schedule = make_schedule(batch, portable=options["portable"])
+    update(schedule, batch, num_prefills=1, max_prefill_seq_len=query_len)
+    assert schedule.plan.small == is_small
+    listed = int((schedule.items[:, 0] >= 0).sum())
+    assert listed <= schedule.num_items <= len(schedule.items)
 
 
 # ------------------------------------------------------------------ the kernel alone

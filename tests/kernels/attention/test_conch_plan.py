@@ -193,22 +193,31 @@ def test_boxes_need_pages_of_a_tile(head_size, block_size, expected):
 @given(shapes, devices)
 def test_order(shape, device):
     """An L2 of its own for each die and KV head, or reads that meet in one for all."""
-    chosen = make_plan(shape, device, 1)
-    order, tile = chosen.order, chosen.prefill
+    order = make_plan(shape, device, 1).order
+    few = make_plan(shape, device, 1, split_query_len=17)
+    segments = make_plan(shape, device, 1, batch_invariant=True)
     assert shape.num_kv_heads % order.lanes == 0
     if device.num_xcds > 1:
         assert order == Order(math.gcd(shape.num_kv_heads, device.num_xcds), None)
-    elif shape.head_padded > 128:
-        assert order == Order(1, 1)
-    else:
-        programs = order.tiles(tile) * shape.group // chosen.prefill_pack
-        resident = 128 * device.num_units // tile.block_m
-        assert programs <= max(resident, shape.group // chosen.prefill_pack)
-        assert order.lanes == 1
-    few = make_plan(shape, device, 1, split_query_len=17)
-    for other in make_plan(shape, device, 1, batch_invariant=True), few:
-        in_turn = device.num_xcds == 1 and (other.split or other.segment)
-        assert other.order == (Order(1, 1) if in_turn else order)
+        assert order == few.order == segments.order
+        return
+    assert order.lanes == 1
+    assert (order.rows == 0) == (shape.head_padded > 128)
+    assert segments.order == Order(1, 0)
+    assert few.order == (Order(1, 0) if few.split else order)
+
+
+def test_blocks_are_what_runs_at_once(triton_of_hopper):
+    """On an H200, 132 programs of 128 rows or 264 of 64, of all heads of a KV head."""
+    small_pages, pages = layer(128), layer(128, block_size=128)
+    chosen = portable(small_pages, H200)
+    assert chosen.order.tiles(chosen.prefill) == 264
+    assert portable(pages, H200).order.tiles(portable(pages, H200).prefill_boxes) == 132
+    chosen = make_plan(small_pages, H200, 1)  # each of four heads has tiles of its own
+    assert chosen.prefill_pack == 1 and chosen.order.tiles(chosen.prefill) == 66
+    assert portable(layer(256), H200).order.tiles(chosen.prefill) == 1
+    assert plan.plan_order(small_pages, replace(H200, num_xcds=6), 4, True).lanes == 2
+    assert plan.plan_order(small_pages, replace(H200, num_xcds=4), 4, True).lanes == 4
 
 
 # What comments in the plan give rates for: (head size, cache, page, decode, prefill).

@@ -243,6 +243,11 @@ def test_random_batches_launch_what_warm_up_did(
         for layer in engine.layers:
             run_on_random_rows(random, engine, layer, metadata)
         assert launched <= warm, (lengths, padding)
+    if not has_own and kv_cache_dtype == "auto":
+        prefills = [x for kernel, x, *_ in launched if kernel == "prefill_kernel"]
+        for rows in 64, 128:  # of few tiles, and of many
+            tile = f"('BLOCK_M', {rows})", "('ITEM_TILES', 1)"
+            assert any(all(part in x for part in tile) for x in prefills)
 
 
 def at_offset(tensor: torch.Tensor, offset: int) -> torch.Tensor:

@@ -183,25 +183,32 @@ class Order(NamedTuple):
     number of lanes that divides that of the XCDs keeps every lane on XCDs of its own:
     what shares a KV head finds its keys in one L2, one head at a time.
 
-    Where one L2 serves all, a block is as many tiles of 64 rows as run at once, two to
-    a multiprocessor: what they read is the same. On an H200, 32/8 heads of 128, pages
+    Where one L2 serves all, a block has 128 rows for each multiprocessor, two programs
+    of 64: what runs at once then reads the same. On an H200, 32/8 heads of 128, pages
     of 16, blocks of 264, 132 and 4 tiles take, in ms: 32k tokens 19.6, 20.3 and 20.9;
-    2k tokens over 32k 2.35, 2.41 and 2.49.
+    2k tokens over 32k 2.35, 2.41 and 2.49. On others nobody has measured it.
     """
 
     lanes: int
-    rows: int | None  # of a block; None: all
+    rows: int | None  # of a block; 0: tiles go one by one; None: all are one
 
     def tiles(self, config: Config) -> int | None:
         """Tiles of rows in a block."""
         return None if self.rows is None else max(1, self.rows // config.block_m)
+
+    def whole_blocks(self, config: Config, num_tiles: int) -> int:
+        """Blocks of so many tiles of rows, 0 where they are no two: then the last KV
+        head's heavy tiles would begin when others are nearly done."""
+        block = self.tiles(config)
+        found = num_tiles // block if block else 0
+        return found if found > 1 else 0
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
     decode: Config
     prefill: Config  # the portable kernel's
-    # The same rows, with K and V read in boxes, where strides and addresses allow.
+    # With K and V read in boxes, where strides and addresses allow.
     prefill_boxes: Config | None
     prefill_pack: int  # query heads in a tile of prefill rows
     head_tiles: int  # such tiles for all query heads
@@ -468,10 +475,10 @@ def plan_prefill_converted(shape: Shape) -> Config:
 
 
 # Two such programs or more run at once on a multiprocessor, each of one warpgroup: one
-# has products while the other has exponentials. On an H200, pages of 16, heads of 128,
-# q8k has 420 TFLOP/s and q32k 441; with 128 rows and keys, 8 warps 364 and 344. Heads
-# of 64: 373 and 375; 128 keys 323 and 301; with 128 registers a thread 396 and 395, but
-# some spill.
+# has products while the other has exponentials. On one H200, pages of 16, heads of 128,
+# q8k has 420 TFLOP/s and q32k 441, with 128 rows and keys, 8 warps 364 and 344. Heads
+# of 64, on another: 373 and 375; 128 keys 323 and 301; with 128 registers a thread 396
+# and 395, but some spill.
 HOPPER_TILE = Config(64, 64, 4, 3)
 
 
@@ -495,10 +502,10 @@ def plan_prefill_hopper(shape: Shape) -> Config:
     return Config(64, 32, 8, 2)
 
 
-# By head size, padded. Measured as above, with pages of 128: 414, 483 and 536 TFLOP/s.
-# At 128 HOPPER_TILE has 479, over 32k 494 for 502, but with 8/1 heads 511 for 552;
-# where tiles are few it is faster: with these heads 237 for 143 at 2k. 128 keys and 8
-# warps 464 for 523, as only one such program fits a multiprocessor.
+# By head size, padded. On those, with pages of 128: 414, 483 and 536 TFLOP/s. At 128
+# HOPPER_TILE has 479, over 32k 494 for 502, but with 8/1 heads 511 for 552; where tiles
+# are few it is faster: q1k 272 for 212, with 8/1 heads q2k 237 for 143. 128 keys and 8
+# warps, of which only one program fits a multiprocessor, elsewhere 415 for 522.
 HOPPER_BOXES = {
     64: HOPPER_TILE,
     128: Config(128, 64, 4, 2, masked_tile=32),
@@ -507,11 +514,12 @@ HOPPER_BOXES = {
 
 
 def plan_prefill_boxes(shape: Shape, device: Device, pointers: Config) -> Config | None:
-    """As `pointers`, with K and V read in boxes, each within a page; None: without.
+    """Where K and V are read in boxes, each within a page; None: nowhere.
 
     A box is one instruction (TMA) and spares the threads all addresses. Elsewhere
     Triton makes plain loads with bounds checks of it, and on GPUs of compute
     capability 12 nobody has measured it. fp8 is converted in registers on its way.
+    Blackwell has the tiles of `pointers`.
     """
     if device.backend != "cuda" or device.arch // 10 not in (9, 10):
         return None
@@ -529,22 +537,22 @@ def with_rows(config: Config, rows: int) -> Config:
     return replace(config, block_m=rows, num_warps=max(4, num_warps))
 
 
-def plan_order(shape: Shape, device: Device, pack: int, in_turn: bool) -> Order:
+def plan_order(shape: Shape, device: Device, pack: int, has_blocks: bool) -> Order:
     """The order of the programs of prefill.
 
     Args:
         shape: of the layers.
         device: to run on.
         pack: query heads in a tile of rows.
-        in_turn: no blocks.
+        has_blocks: whether there are blocks where there is one L2.
 
     """
     if device.num_xcds > 1:
         return Order(math.gcd(shape.num_kv_heads, device.num_xcds), None)
-    # On an H200 q8k with heads of 256 takes 1206 us in turn, and 1267 in blocks.
-    if in_turn or shape.head_padded > 128:
-        return Order(1, 1)
-    return Order(1, max(1, 128 * device.num_units * pack // shape.group))
+    # On an H200 q8k with heads of 256 takes 1206 us one by one, and 1267 in blocks.
+    if not has_blocks or shape.head_padded > 128:
+        return Order(1, 0)
+    return Order(1, 128 * device.num_units * pack // shape.group)
 
 
 def hopper_kernel(shape: Shape, device: Device) -> str | None:
@@ -606,6 +614,7 @@ def fix_order(
     in the same order, without contraction of other products and sums.
     """
     wide = shape.head_padded
+    is_hopper_tile = device.arch == 90 and prefill == HOPPER_TILE
     # The largest of 64 keys and 64 rows of decode that do not spill; see plan_decode.
     tile = min(64, max(16, 8192 // wide))
     decode_rows = min(decode.block_m, max(16, 8192 // wide))
@@ -631,7 +640,7 @@ def fix_order(
         # On an H200 q8k with pages of 16 take 1712 us; in two stages 1786, with 128
         # rows 1819. Head size 256: 128 rows 1808, 64 rows 3714.
         prefill = replace(prefill, num_stages=3)
-    elif device.arch == 90 and wide <= 64:
+    elif is_hopper_tile:  # other stages were not measured
         prefill = replace(prefill, num_stages=2)
     decode, prefill = (
         replace(
@@ -667,7 +676,7 @@ def make_plan(
         split_query_len: longest query of a batch with few tiles of prefill rows, whose
             keys are split, see `Split`; not if batch invariant. None: there are many.
         small: whether few tiles with few keys are for this batch: of half as many rows,
-            where Hopper's kernel has such.
+            where Hopper's kernel has such, or the portable one other pages.
         has_prefills: whether the batch may have prefills beside its decodes.
 
     """
@@ -675,7 +684,7 @@ def make_plan(
     prefill, pack = plan_prefill(shape, device), shape.group
     boxes = plan_prefill_boxes(shape, device, prefill)
     rows = max(config.block_m for config in (prefill, boxes) if config)
-    if prefill == HOPPER_TILE and device.arch == 90:
+    if device.arch == 90 and prefill == HOPPER_TILE:
         # An item for both programs of a multiprocessor: few, which are split, fill all.
         rows = 2 * HOPPER_TILE.block_m
     if hopper is not None:
@@ -719,8 +728,8 @@ def make_plan(
         prefill_pack=pack,
         head_tiles=head_tiles,
         prefill_rows=rows,
-        # Few tiles are no two blocks, and with segments blocks were not measured.
-        order=plan_order(shape, device, pack, few is not None or batch_invariant),
+        # Few tiles are no two blocks, and with segments nobody has measured them.
+        order=plan_order(shape, device, pack, not (few or batch_invariant)),
         hopper=hopper,
         hopper_decode=has_hopper_decode(shape, hopper),
         kv_format=plan_kv_format(shape.kv_dtype, device),

@@ -169,17 +169,16 @@ def attend_segments(
 
 @triton.jit
 def head_and_tile(
-    program, num_tiles, KV_HEADS: tl.constexpr, SHARING: tl.constexpr,
+    program, num_tiles, num_blocks, KV_HEADS: tl.constexpr, SHARING: tl.constexpr,
     LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Which head tile and which tile of rows a program takes; see `plan.Order`.
 
-    Tiles of rows are in the order of the items, heaviest first. So are those that whole
-    blocks leave, and all where there are not two blocks: these go tile by tile.
-
     Args:
         program: number of the program.
-        num_tiles: of rows; each is there for every head tile.
+        num_tiles: of rows; each is there for every head tile. Those of the heaviest
+            items come first.
+        num_blocks: of tiles; what they leave goes tile by tile.
         KV_HEADS: a multiple of LANES.
         SHARING: head tiles of a KV head.
         LANES: see `plan.Order`.
@@ -196,9 +195,8 @@ def head_and_tile(
     else:
         # By constants, as quotients of numbers take registers of every thread.
         OF_HEAD: tl.constexpr = BLOCK * SHARING
-        num_blocks = num_tiles // BLOCK
         block = rank // (OF_HEAD * HEADS)
-        in_block = (block < num_blocks) & (num_blocks > 1)
+        in_block = block < num_blocks
         kv_head = tl.where(in_block, rank // OF_HEAD, rank // SHARING) % HEADS
         tile = block * BLOCK + rank % OF_HEAD // SHARING
         tile = tl.where(in_block, tile, rank // (SHARING * HEADS))
@@ -209,6 +207,7 @@ def head_and_tile(
 # Microbatches slice what is per sequence anywhere: alignment must make no variant.
 @triton.jit(
     do_not_specialize=[
+        "num_blocks",
         "block_table_ptr",
         "causal_ptr",
         "ranges_ptr",
@@ -220,6 +219,7 @@ def head_and_tile(
     ]
 )
 def prefill_kernel(
+    num_blocks,  # see `head_and_tile`, as for LANES and BLOCK
     # Descriptors of [num_blocks, num_kv_heads, block_size, head_size], or None
     key_boxes,
     value_boxes,
@@ -257,7 +257,7 @@ def prefill_kernel(
     PACK: tl.constexpr,  # query heads in a tile, a divisor of GROUP
     ITEM_TILES: tl.constexpr,  # tiles of rows that an item has
     HEAD_TILES: tl.constexpr,  # tiles of PACK heads
-    LANES: tl.constexpr,  # see `head_and_tile`
+    LANES: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
@@ -287,7 +287,7 @@ def prefill_kernel(
     # One dimension, as others of a grid have at most 65535 programs.
     SHARING: tl.constexpr = GROUP // PACK
     head_tile, row_tile = head_and_tile(
-        tl.program_id(0), tl.num_programs(0) // HEAD_TILES,
+        tl.program_id(0), tl.num_programs(0) // HEAD_TILES, num_blocks,
         HEAD_TILES // SHARING, SHARING, LANES, BLOCK,
     )  # fmt: skip
     first_head = head_tile * PACK

@@ -649,7 +649,7 @@ class VarlenSchedule:
         num_items = max(1, self.max_items(plan, max_num_tokens, max_num_seqs))
         if self.plan_for(MAX_DECODE_QUERY_LEN + 1, small=True).small:
             # Two for each of as many as `small_plan` takes at most.
-            most = self.target.num_units // plan.head_tiles
+            most = self.most_small_tiles(plan) // plan.head_tiles
             num_items = max(num_items, 2 * most)
         # Where few tiles of prefill rows are split by keys; not with windows, whose
         # keys are few.
@@ -685,6 +685,7 @@ class VarlenSchedule:
         self.num_seqs = 0
         self.work = self.items[:0]  # prefill items in use
         self.num_items = 0  # and their number
+        self.knows_prefills = False  # the host does, so that few items are empty
         self.has_decodes = True  # False: the host knows that there are none
         # Programs of Hopper's prefill kernel, and of decode's; None: as many as ever.
         self.prefill_grid: tuple[int, int] | None = None
@@ -763,6 +764,11 @@ class VarlenSchedule:
         are_equal = num_tiles == plan.split.max_tiles and num_prefills == 1
         return plan if num_tiles <= plan.split.max_tiles and not are_equal else None
 
+    def most_small_tiles(self, plan: AttentionPlan) -> int:
+        """Tiles of a plan, for all heads, up to which smaller ones can do better: as
+        many as run at once, of the portable kernel two to a multiprocessor."""
+        return self.target.num_units * (1 if plan.hopper else 2)
+
     def small_plan(
         self,
         max_query_len: int,
@@ -792,7 +798,7 @@ class VarlenSchedule:
             plan.head_tiles * self.max_items(plan, num_tokens, num_prefills)
             for plan in (usual, small)
         ]
-        if num_items[0] > num_units:
+        if num_items[0] > self.most_small_tiles(usual):
             return None
         # Where they do not run all at once, they gain as the tiles of a prompt without
         # context have few keys and many.
@@ -937,20 +943,20 @@ class VarlenSchedule:
         num_items = 0
         units = None
         if max_query_len > MAX_DECODE_QUERY_LEN:
-            # One at least: what is launched behind prefills depends on them.
-            num_items = max(1, self.max_items(plan, num_tokens, num_seqs))
             num_prefills, work = known.num_prefills, known.work
+            # One at least: what is launched behind prefills depends on them.
+            most = num_prefills or num_seqs
+            num_items = max(1, self.max_items(plan, num_tokens, most))
             size = (max_query_len, num_tokens, num_prefills)
             small = self.small_plan(*size, known.max_prefill_seq_len)
             few = self.split_plan(*size) if small is None else None
             if small is not None:
-                plan = small
-                num_items = self.max_items(plan, num_tokens, num_prefills or num_seqs)
+                plan, num_items = small, self.max_items(small, num_tokens, most)
             elif few is not None and few.split is not None:
                 plan, num_items = few, few.split.max_items
             if work is not None:
-                most = (work.prefill_tokens, num_prefills or num_seqs)
-                tiles = plan.head_tiles * self.max_items(plan, *most)
+                num_tiles = self.max_items(plan, work.prefill_tokens, most)
+                tiles = plan.head_tiles * num_tiles
                 units = prefill_units(work, tiles, plan, self.shape, self.target)
         else:
             decode_query_len = ANY_QUERY_LEN
@@ -984,6 +990,7 @@ class VarlenSchedule:
         self.num_seqs = num_seqs
         self.work = self.items[:num_items]
         self.num_items = num_items
+        self.knows_prefills = known.num_prefills is not None
         self.has_decodes = num_items == 0 or known.min_query_len <= self.longest_decode
 
     def plan_launch(self, plan: AttentionPlan, sight: Sight) -> Launch:

@@ -454,8 +454,7 @@ class PreparedAttention:
             prefill, config = launches.boxes, plan.prefill_boxes
             box = config.tile, shape.head_padded
             boxes = Described(*(describe_pages(c, *box) for c in caches))
-        # Head tiles, and tiles of rows for each of these.
-        self.item_programs = plan.head_tiles * (plan.prefill_rows // config.block_m)
+        self.config, self.item_tiles = config, plan.prefill_rows // config.block_m
         work = (block_table, schedule.items, *states)
         self.prefill = prefill.bind(*caches, *work, *options, described=boxes)
 
@@ -476,8 +475,12 @@ class PreparedAttention:
                 *tensors, (num_items, is_followed), schedule.prefill_grid
             )
         ):
-            grid = (num_items * self.item_programs, 1)
-            self.prefill(output, output_lse, query, grid=grid)
+            plan, num_tiles = schedule.plan, num_items * self.item_tiles
+            num_blocks = 0
+            if schedule.knows_prefills:
+                num_blocks = plan.order.whole_blocks(self.config, num_tiles)
+            grid = (num_tiles * plan.head_tiles, 1)
+            self.prefill(*(output, output_lse, query), varying=(num_blocks,), grid=grid)
         # Behind prefills, as it may begin before they end: see `overlap`.
         decode_grid = schedule.decode_grid
         if schedule.has_decodes and not (
