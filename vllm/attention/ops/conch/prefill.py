@@ -169,8 +169,9 @@ def attend_segments(
 
 @triton.jit
 def head_and_tile(
-    program, num_tiles, num_blocks, KV_HEADS: tl.constexpr, SHARING: tl.constexpr,
-    LANES: tl.constexpr, BLOCK: tl.constexpr,
+    program, num_tiles, num_tile_blocks,
+    KV_HEADS: tl.constexpr, SHARING: tl.constexpr,
+    LANES: tl.constexpr, TILE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Which head tile and which tile of rows a program takes; see `plan.Order`.
 
@@ -178,27 +179,27 @@ def head_and_tile(
         program: number of the program.
         num_tiles: of rows; each is there for every head tile. Those of the heaviest
             items come first.
-        num_blocks: of tiles; what they leave goes tile by tile.
+        num_tile_blocks: blocks of tiles; what they leave goes tile by tile.
         KV_HEADS: a multiple of LANES.
         SHARING: head tiles of a KV head.
         LANES: see `plan.Order`.
-        BLOCK: tiles of rows in a block; None: all.
+        TILE_BLOCK: tiles of rows in a block; None: all.
 
     """
     HEADS: tl.constexpr = KV_HEADS // LANES
     rank = program // LANES  # in its lane
-    if BLOCK is None:
+    if TILE_BLOCK is None:
         kv_head = rank // (num_tiles * SHARING)
         tile = rank // SHARING % num_tiles
-    elif BLOCK == 1:
+    elif TILE_BLOCK == 1:
         kv_head, tile = rank // SHARING % HEADS, rank // (SHARING * HEADS)
     else:
         # By constants, as quotients of numbers take registers of every thread.
-        OF_HEAD: tl.constexpr = BLOCK * SHARING
+        OF_HEAD: tl.constexpr = TILE_BLOCK * SHARING
         block = rank // (OF_HEAD * HEADS)
-        in_block = block < num_blocks
+        in_block = block < num_tile_blocks
         kv_head = tl.where(in_block, rank // OF_HEAD, rank // SHARING) % HEADS
-        tile = block * BLOCK + rank % OF_HEAD // SHARING
+        tile = block * TILE_BLOCK + rank % OF_HEAD // SHARING
         tile = tl.where(in_block, tile, rank // (SHARING * HEADS))
     kv_head += program % LANES * HEADS
     return kv_head * SHARING + rank % SHARING, tile
@@ -207,7 +208,7 @@ def head_and_tile(
 # Microbatches slice what is per sequence anywhere: alignment must make no variant.
 @triton.jit(
     do_not_specialize=[
-        "num_blocks",
+        "num_tile_blocks",
         "block_table_ptr",
         "causal_ptr",
         "ranges_ptr",
@@ -219,7 +220,7 @@ def head_and_tile(
     ]
 )
 def prefill_kernel(
-    num_blocks,  # see `head_and_tile`, as for LANES and BLOCK
+    num_tile_blocks,  # see `head_and_tile`, as for LANES and TILE_BLOCK
     # Descriptors of [num_blocks, num_kv_heads, block_size, head_size], or None
     key_boxes,
     value_boxes,
@@ -258,7 +259,7 @@ def prefill_kernel(
     ITEM_TILES: tl.constexpr,  # tiles of rows that an item has
     HEAD_TILES: tl.constexpr,  # tiles of PACK heads
     LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILE_BLOCK: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -284,11 +285,11 @@ def prefill_kernel(
     FP8: tl.constexpr,  # format of an output that is divided by output_scale, or None
     FP8_MAX: tl.constexpr,
 ):
-    # One dimension, as others of a grid have at most 65535 programs.
     SHARING: tl.constexpr = GROUP // PACK
+    # One dimension, as others of a grid have at most 65535 programs.
     head_tile, row_tile = head_and_tile(
-        tl.program_id(0), tl.num_programs(0) // HEAD_TILES, num_blocks,
-        HEAD_TILES // SHARING, SHARING, LANES, BLOCK,
+        tl.program_id(0), tl.num_programs(0) // HEAD_TILES, num_tile_blocks,
+        HEAD_TILES // SHARING, SHARING, LANES, TILE_BLOCK,
     )  # fmt: skip
     first_head = head_tile * PACK
     kv_head = first_head // GROUP

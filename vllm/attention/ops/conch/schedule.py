@@ -945,18 +945,19 @@ class VarlenSchedule:
         if max_query_len > MAX_DECODE_QUERY_LEN:
             num_prefills, work = known.num_prefills, known.work
             # One at least: what is launched behind prefills depends on them.
-            most = num_prefills or num_seqs
-            num_items = max(1, self.max_items(plan, num_tokens, most))
+            most_prefills = num_prefills or num_seqs
+            num_items = max(1, self.max_items(plan, num_tokens, most_prefills))
             size = (max_query_len, num_tokens, num_prefills)
             small = self.small_plan(*size, known.max_prefill_seq_len)
             few = self.split_plan(*size) if small is None else None
             if small is not None:
-                plan, num_items = small, self.max_items(small, num_tokens, most)
+                plan = small
+                num_items = self.max_items(plan, num_tokens, most_prefills)
             elif few is not None and few.split is not None:
                 plan, num_items = few, few.split.max_items
             if work is not None:
-                num_tiles = self.max_items(plan, work.prefill_tokens, most)
-                tiles = plan.head_tiles * num_tiles
+                tiles = self.max_items(plan, work.prefill_tokens, most_prefills)
+                tiles *= plan.head_tiles
                 units = prefill_units(work, tiles, plan, self.shape, self.target)
         else:
             decode_query_len = ANY_QUERY_LEN

@@ -261,7 +261,7 @@ def prepare(specs: dict[str, TensorSpec], options: Options) -> Launches:
                 ITEM_TILES=plan.prefill_rows // config.block_m,
                 HEAD_TILES=plan.head_tiles,
                 LANES=plan.order.lanes,
-                BLOCK=plan.order.tiles(config),
+                TILE_BLOCK=plan.order.tiles(config),
                 MASKED_TILE=config.masked_tile or config.tile,
                 SYNCED=config.synced,
                 SCALE_COLUMNS=config.scale_columns,
@@ -454,7 +454,8 @@ class PreparedAttention:
             prefill, config = launches.boxes, plan.prefill_boxes
             box = config.tile, shape.head_padded
             boxes = Described(*(describe_pages(c, *box) for c in caches))
-        self.config, self.item_tiles = config, plan.prefill_rows // config.block_m
+        self.prefill_config = config
+        self.item_tiles = plan.prefill_rows // config.block_m
         work = (block_table, schedule.items, *states)
         self.prefill = prefill.bind(*caches, *work, *options, described=boxes)
 
@@ -476,11 +477,14 @@ class PreparedAttention:
             )
         ):
             plan, num_tiles = schedule.plan, num_items * self.item_tiles
-            num_blocks = 0
+            tile_blocks = 0
             if schedule.knows_prefills:
-                num_blocks = plan.order.whole_blocks(self.config, num_tiles)
-            grid = (num_tiles * plan.head_tiles, 1)
-            self.prefill(*(output, output_lse, query), varying=(num_blocks,), grid=grid)
+                tile_blocks = plan.order.whole_blocks(self.prefill_config, num_tiles)
+            self.prefill(
+                *(output, output_lse, query),
+                varying=(tile_blocks,),
+                grid=(num_tiles * plan.head_tiles, 1),
+            )
         # Behind prefills, as it may begin before they end: see `overlap`.
         decode_grid = schedule.decode_grid
         if schedule.has_decodes and not (
